@@ -1,0 +1,58 @@
+"""Fuse LoRA-type adapters into model checkpoints offline, so that nothing downstream needs LoRA support.
+
+    import bake
+    bake.fuse("base.safetensors", [("style.safetensors", 0.8)], output="out.safetensors")
+
+Names are loaded when first used: importing bake does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bake.api import Result, build_plan, check_output, fuse, run_plan
+    from bake.errors import BakeError
+    from bake.inspection import inspect
+    from bake.plan.model import Plan
+    from bake.plan.recipe import AdapterChoice
+    from bake.verify.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterChoice",
+    "BakeError",
+    "Plan",
+    "Report",
+    "Result",
+    "build_plan",
+    "check_output",
+    "fuse",
+    "inspect",
+    "run_plan",
+]
+
+_HOMES = {
+    "AdapterChoice": "bake.plan.recipe",
+    "BakeError": "bake.errors",
+    "Plan": "bake.plan.model",
+    "Report": "bake.verify.report",
+    "Result": "bake.api",
+    "build_plan": "bake.api",
+    "check_output": "bake.api",
+    "fuse": "bake.api",
+    "inspect": "bake.inspection",
+    "run_plan": "bake.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bake' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,31 @@
+"""LoRA and LoCon: the update is a product of two thin matrices.
+
+Linear (arXiv:2106.09685, section 4.1):     scale * up @ down
+Convolution (LoCon, as kohya and LyCORIS):  the same on flattened factors; `down` has the kernel
+Tucker (LyCORIS "mid"):                     scale * sum_ab mid[a, b] up[:, a] down[b, :]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def low_rank(up: Tensor, down: Tensor, mid: Tensor | None = None, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (left, right) with `left @ right` = the update: (out, rank) and (rank, in * kernel).
+
+    up: (out, rank[, 1, 1]). down: (rank, in) or (rank, in, kh, kw); with `mid` (rank, in[, 1, 1]).
+    mid: (rank, rank, kh, kw). scale: alpha / rank * weight; it goes into `left`. In the dtype and on
+    the device of `up`.
+    """
+    left = up.flatten(1) * scale
+    if mid is None:
+        return left, down.flatten(1)
+    right = torch.einsum("abk,bi->aik", mid.flatten(2), down.flatten(1))
+    return left, right.flatten(1)
+
+
+def delta(up: Tensor, down: Tensor, mid: Tensor | None = None, *, scale: float) -> Tensor:
+    """Return the update as (out, in * kernel); arguments as for `low_rank`."""
+    left, right = low_rank(up, down, mid, scale=scale)
+    return left @ right

@@ -1,0 +1,277 @@
+"""The verbs as functions. Each joins the steps: plan, execute into a draft, verify, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bake import __version__
+from bake.errors import InputError, UsageError, VerificationFailed
+from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute
+from bake.io.checkpoint import open_checkpoint
+from bake.io.digest import BackgroundDigests, Digest
+from bake.io.draft import Draft, check_target, refusal_of
+from bake.io.files import open_for_writing, write_at
+from bake.io.header import TensorInfo, build_header
+from bake.plan.build import build_plan as plan_recipe
+from bake.plan.model import FilePlan, Plan
+from bake.plan.recipe import AdapterChoice, Recipe
+from bake.plan.record import RECIPE_KEY, file_metadata
+from bake.plan.replay import recipe_from_record
+from bake.progress import Progress, Silent
+from bake.verify.check import check_files
+from bake.verify.report import Report
+
+PathLike = str | os.PathLike[str]
+AdapterLike = PathLike | tuple[PathLike, float] | AdapterChoice
+Verification = Literal["none", "sample", "full"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished bake did."""
+
+    plan: Plan
+    output: Path
+    survival: dict[str, float]  # component -> share of the update left after rounding
+    report: Report | None  # None with verify="none"
+    bytes_written: int
+    seconds: float
+    leftover: bool  # a draft that a killed run had left was replaced
+
+
+def build_plan(
+    base: PathLike,
+    adapters: Iterable[AdapterLike],
+    *,
+    also: Iterable[PathLike] = (),
+    dtype: str = "keep",
+    only: Iterable[str] = (),
+    allow_unmatched: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    record: bool = True,
+) -> Plan:
+    """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
+
+    base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or
+    AdapterChoice. also: further files of a split stack. dtype: "keep", "fp32", "fp16" or "bf16". only:
+    components to fuse into. metadata: added to the output's. record: write names, weights and SHA-256
+    of the inputs into the output.
+    Raises every BakeError that the run could raise before it computes; see `bake.errors`.
+    """
+    return plan_recipe(
+        Recipe(
+            base=Path(base),
+            adapters=tuple(_choice(adapter) for adapter in adapters),
+            also=tuple(Path(path) for path in also),
+            dtype=dtype,
+            only=tuple(only),
+            allow_unmatched=allow_unmatched,
+            metadata=dict(metadata or {}),
+            record=record,
+        )
+    )
+
+
+def _choice(adapter: AdapterLike) -> AdapterChoice:
+    if isinstance(adapter, AdapterChoice):
+        return adapter
+    if isinstance(adapter, tuple):
+        return AdapterChoice(Path(adapter[0]), float(adapter[1]))
+    return AdapterChoice(Path(adapter))
+
+
+def fuse(
+    base: PathLike,
+    adapters: Iterable[AdapterLike],
+    output: PathLike,
+    *,
+    device: str = "auto",
+    memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    verify: Verification = "sample",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **what: Any,
+) -> Result:
+    """Fuse adapters into a base and write a new checkpoint; return what was done.
+
+    The output has the layout of the base, in its dtypes unless `dtype` says otherwise. `what` is as for
+    `build_plan`, the rest as for `run_plan`.
+    """
+    return run_plan(
+        build_plan(base, adapters, **what),
+        output,
+        device=device,
+        memory=memory,
+        threads=threads,
+        verify=verify,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def run_plan(
+    plan: Plan,
+    output: PathLike,
+    *,
+    device: str = "auto",
+    memory: int = DEFAULT_MEMORY,
+    threads: int | None = None,
+    verify: Verification = "sample",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write what `plan` says to `output`: into a draft beside it, verified, then moved into place.
+
+    device: auto, cpu, cuda, cuda:N or mps. memory: bytes for buffers. threads: that compute; None for
+    one per core. verify: how much is read back and recomputed before the output appears.
+    Raises OutputRefused and its kin, NonFinite, InputChanged, VerificationFailed. Whatever is raised,
+    the output path is as it was before.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    headers = {file.relative: _header(plan, file, None) for file in plan.files}
+    sizes = {file.relative: len(headers[file.relative]) + _data_bytes(file) for file in plan.files}
+    place = check_output_path(plan, output, overwrite=overwrite)
+    with Draft(place, sizes) as draft:
+        digests = BackgroundDigests([source.path for source in plan.inputs] if plan.record else [])
+        try:
+            targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
+            survival = execute(plan, targets, Options(device, memory, threads), progress)
+            _write_side_files(plan, draft)
+            _write_headers(plan, targets, digests.result())
+        except OSError as error:
+            raise refusal_of(error, place) from None
+        finally:
+            digests.cancel()
+        report = None
+        if verify != "none":
+            paths = {relative: target.path for relative, target in targets.items()}
+            report = check_files(plan, paths, verify == "full", progress)
+            if not report.ok:
+                raise VerificationFailed(
+                    f"{output} was not written: the finished draft is not what was planned.\n{report.summary()}",
+                    **report.to_json(),
+                )
+        draft.publish()
+    return Result(plan, place, survival, report, sum(sizes.values()), time.monotonic() - started, draft.leftover)
+
+
+def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) -> Path:
+    """Return where `output` really lies, or raise the OutputRefused that writing it would meet."""
+    target = Path(output)
+    is_folder = plan.packaging != "file"
+    if not is_folder and target.suffix != ".safetensors":
+        raise UsageError(f"{target}: the output is a safetensors file; let its name end in .safetensors")
+    inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
+    if plan.base.is_dir() and plan.base.resolve() in target.resolve().parents:
+        raise UsageError(f"{target} lies inside the base folder {plan.base}; choose a place outside it")
+    return check_target(target, inputs, is_folder, overwrite, output_bytes(plan))
+
+
+def output_bytes(plan: Plan) -> int:
+    """Bytes of the whole output: headers, tensors and side files."""
+    weights = sum(len(_header(plan, file, None)) + _data_bytes(file) for file in plan.files)
+    beside = sum(
+        len(side.content.encode()) if side.content is not None else side.source.stat().st_size if side.source else 0
+        for side in plan.side_files
+    )
+    return weights + beside
+
+
+def input_bytes(plan: Plan) -> int:
+    """Bytes of tensor data that the run reads: the base once, and every factor used."""
+    factors = {
+        (stored.input, stored.name): stored.span[1] - stored.span[0]
+        for _, tensor in plan.tensors()
+        for term in tensor.terms
+        for stored in term.factors.values()
+    }
+    base = sum(tensor.source.span[1] - tensor.source.span[0] for _, tensor in plan.tensors())
+    return base + sum(factors.values())
+
+
+def _data_bytes(file: FilePlan) -> int:
+    return file.tensors[-1].span[1] if file.tensors else 0
+
+
+def _header(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None) -> bytes:
+    tensors = {tensor.name: TensorInfo(tensor.dtype, tensor.shape, *tensor.span) for tensor in file.tensors}
+    return build_header(tensors, file_metadata(plan, file, digests, __version__))
+
+
+def _write_headers(plan: Plan, targets: Mapping[str, Target], digests: Sequence[Digest]) -> None:
+    """Write the headers, last: until then a draft cannot be mistaken for a checkpoint."""
+    for file in plan.files:
+        header = _header(plan, file, digests)
+        target = targets[file.relative]
+        if len(header) != target.data_start:
+            raise AssertionError(f"the header of {file.relative or 'the output'} changed its length")
+        descriptor = open_for_writing(target.path)
+        try:
+            write_at(descriptor, memoryview(header), 0)
+        finally:
+            os.close(descriptor)
+
+
+def _write_side_files(plan: Plan, draft: Draft) -> None:
+    for side in plan.side_files:
+        path = draft.file(side.relative)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if side.content is not None:
+            path.write_text(side.content, encoding="utf-8")
+        elif side.source is not None:
+            shutil.copyfile(side.source, path)
+
+
+def check_output(
+    output: PathLike,
+    base: PathLike | None = None,
+    adapters: Iterable[AdapterLike] = (),
+    *,
+    search: Iterable[PathLike] = (),
+    full: bool = False,
+    progress: Progress | None = None,
+    **what: Any,
+) -> Report:
+    """Return what is wrong with `output`, recomputed from its inputs in float64.
+
+    Without `base` the recipe stored in the output is replayed; its inputs are looked for in the
+    output's folder, the current folder and those in `search`, by name and SHA-256. full: every byte
+    and element, else a sample. `what` is as for `build_plan`.
+    Raises InputError if the output has no recipe or an input is not found.
+    """
+    path = Path(output)
+    if base is None:
+        folders = [*map(Path, search), path.resolve().parent, Path.cwd()]
+        plan = plan_recipe(recipe_from_record(stored_recipe(path), folders, str(path)))
+    else:
+        plan = build_plan(base, adapters, **what)
+    paths = {file.relative: path / file.relative if file.relative else path for file in plan.files}
+    return check_files(plan, paths, full, progress or Silent())
+
+
+def stored_recipe(path: Path) -> dict[str, Any]:
+    """The recipe that bake stored in the checkpoint at `path`; raises InputError if there is none."""
+    checkpoint = open_checkpoint(path)
+    for part in checkpoint.files:
+        text = part.file.metadata.get(RECIPE_KEY)
+        if text is not None:
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}: its {RECIPE_KEY} is not JSON: {error}") from None
+            if isinstance(record, dict):
+                return record
+    raise InputError(
+        f"{path} carries no {RECIPE_KEY}: it was not written by bake, or with --no-recipe. "
+        f"Name its inputs with --base and -l.",
+        path=str(path),
+    )

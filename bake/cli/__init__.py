@@ -1,0 +1,123 @@
+"""The command line: one thin command per file, loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from bake import __version__
+from bake.errors import BakeError, Interrupted, UsageError
+
+# name -> module; `bake --help` lists them in this order
+COMMANDS = {
+    "fuse": "bake.cli.fuse",
+    "plan": "bake.cli.plan",
+    "inspect": "bake.cli.inspect",
+    "verify": "bake.cli.verify",
+    "env": "bake.cli.env",
+    "completion": "bake.cli.completion",
+}
+_SUMMARIES = {
+    "fuse": "Fuse adapters into a base and write a new checkpoint.",
+    "plan": "Say what fuse would do, from headers alone.",
+    "inspect": "Say what a file is, and how an adapter fits a base.",
+    "verify": "Prove a bake: recompute it in float64 and compare.",
+    "env": "Print versions and devices, for bug reports.",
+    "completion": "Print the completion script of a shell.",
+}
+_TERMINATED = 143
+
+
+class _Commands(click.Group):
+    """Imports a command only when it is called, and lists all of them without importing any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[name]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _SUMMARIES[name]) for name in COMMANDS])
+
+
+@click.group(cls=_Commands, context_settings={"auto_envvar_prefix": "BAKE", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="bake")
+def cli() -> None:
+    """Fuse LoRAs into model checkpoints, offline and provably.
+
+    \b
+    bake fuse base.safetensors -l style.safetensors:0.8 -o fused.safetensors
+
+    Exit codes: 0 done, 1 a bug in bake, 2 usage, 3 unreadable input, 4 adapter modules unmatched,
+    5 shapes or families that do not fit, 6 recognised but not supported, 7 non-finite numbers,
+    8 output refused, 9 verification failed, 130 interrupted (143 by SIGTERM).
+    """
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as Ctrl-C does."""
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> NoReturn:
+    """Run the command line and exit; every refusal is one message and its exit code, no traceback."""
+    as_json = "--json" in sys.argv
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = cli.main(standalone_mode=False)
+    except BakeError as error:
+        _refuse(error, error.exit_code, as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+            sys.exit(error.exit_code)
+        _refuse(UsageError(error.format_message()), error.exit_code, as_json)
+    except (KeyboardInterrupt, click.Abort) as error:
+        code = _TERMINATED if isinstance(error, _Terminated) else Interrupted.exit_code
+        _refuse(Interrupted("interrupted: the output is as it was before"), code, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say no more
+        sys.exit(1)
+    except Exception as error:
+        _report_bug(error, as_json)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(error: BakeError, code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        from bake.documents import error_document
+
+        print(json.dumps(error_document(error, code), indent=2, default=str))
+    else:
+        print(f"bake: {error.message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _report_bug(error: Exception, as_json: bool) -> NoReturn:
+    message = (
+        f"a bug in bake: {type(error).__name__}: {error}. Nothing was written. "
+        f"Please report it with the output of 'bake env'; BAKE_TRACEBACK=1 shows where it happened."
+    )
+    if os.environ.get("BAKE_TRACEBACK"):
+        traceback.print_exc()
+    _refuse(BakeError(message), BakeError.exit_code, as_json)

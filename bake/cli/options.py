@@ -1,0 +1,182 @@
+"""Parameter types and the option stacks that commands share. They parse; nothing is decided here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from bake.dtypes import OUTPUT_DTYPES
+from bake.plan.recipe import AdapterChoice
+from bake.sizes import parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+_WEIGHT_KEYS = ("te", "unet")
+
+
+class Weighted(click.ParamType):
+    """LORA[:WEIGHT][:KEY=VALUE]..., read from the right, so that ':' in paths does no harm."""
+
+    name = "lora"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterChoice:
+        if isinstance(value, AdapterChoice):
+            return value
+        text = str(value)
+        weight: float | None = None
+        named: dict[str, float] = {}
+        while not Path(text).exists() and ":" in text:
+            head, _, last = text.rpartition(":")
+            key, equals, number = last.partition("=")
+            if equals:
+                if key not in (*_WEIGHT_KEYS, "dyn"):
+                    self.fail(f"{value}: unknown setting {key}=; known are te=, unet= and dyn=", param, ctx)
+                if key in named:
+                    self.fail(f"{value}: {key}= is given twice", param, ctx)
+                named[key] = self._number(number, value, param, ctx)
+            elif _is_number(last):
+                if weight is not None:
+                    self.fail(f"{value}: two weights; use te= and unet= for different ones", param, ctx)
+                weight = self._number(last, value, param, ctx)
+            else:
+                break
+            text = head
+        limit = named.pop("dyn", None)
+        if limit is not None and (limit != int(limit) or limit < 1):
+            self.fail(f"{value}: dyn= is a whole number of ranks", param, ctx)
+        return AdapterChoice(
+            Path(text), 1.0 if weight is None else weight, **named, rank_limit=None if limit is None else int(limit)
+        )
+
+    def _number(self, text: str, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if not _is_number(text) or not math.isfinite(float(text)):
+            self.fail(f"{value}: {text!r} is not a finite number", param, ctx)
+        return float(text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Size(click.ParamType):
+    """A number of bytes, like 512MiB or 4G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class KeyValue(click.ParamType):
+    """KEY=VALUE."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        if not equals or not key:
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        return key, text
+
+
+def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator that applies several options, listed in the order of --help."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+adapter_options = stack(
+    click.option(
+        *("-l", "--lora", "loras"),
+        type=Weighted(),
+        multiple=True,
+        metavar="LORA[:WEIGHT][:KEY=VALUE]",
+        help="Adapter file or folder with its weight (default 1; any sign, 0 leaves it out). te= and unet= set "
+        "the weight of the text encoders and of the rest, dyn= uses only the first ranks. Repeatable.",
+    ),
+    click.option("--prompt", metavar="TEXT", help="Take the LoRAs from a prompt's <lora:name:weight> tags."),
+    click.option(
+        "--lora-dir",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder in which --prompt finds its LoRAs, sub-folders included.",
+    ),
+)
+
+recipe_options = stack(
+    click.option(
+        "--also",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A further file of a split model (a text encoder). The output is then a folder. Repeatable.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["keep", *OUTPUT_DTYPES]),
+        default="keep",
+        show_default=True,
+        help="Stored dtype of the output's floats; keep leaves every tensor in its own.",
+    ),
+    click.option(
+        "--only",
+        multiple=True,
+        metavar="COMPONENT",
+        help="Fuse into this component alone: unet, te, te1, te2, ... Repeatable.",
+    ),
+    click.option(
+        "--allow-unmatched",
+        is_flag=True,
+        help="Fuse what matches even if some modules of an adapter have no place in the base.",
+    ),
+    click.option(
+        "--metadata", multiple=True, type=KeyValue(), metavar="KEY=VALUE", help="Add to the output's metadata."
+    ),
+    click.option("--no-recipe", is_flag=True, help="Leave names, weights and digests of the inputs out of the output."),
+)
+
+run_options = stack(
+    click.option(
+        "--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:N or mps."
+    ),
+    click.option(
+        "--memory",
+        type=Size(),
+        default="512MiB",
+        show_default=True,
+        metavar="SIZE",
+        help="Memory for buffers, on top of what Python and torch take.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, 256),
+        metavar="N",
+        help="Threads that compute. Default: one per core, at most 8.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+)
+
+output_options = stack(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary."),
+    click.option("-v", "--verbose", is_flag=True, help="Say more: with --json, include the whole plan."),
+)

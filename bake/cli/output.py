@@ -1,0 +1,187 @@
+"""What people and programs see: text or one JSON document on stdout, the bar and warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bake.api import Result, output_bytes
+from bake.documents import plan_document, report_document, result_document
+from bake.identify.families import title
+from bake.plan.model import Plan
+from bake.plan.recipe import is_text_encoder
+from bake.sizes import format_bytes
+from bake.verify.report import Report
+
+_WEAK = 0.9  # a survival below this is worth a warning
+_MOST_LINES = 20
+_LABEL = 10
+
+
+class Output:
+    """Where a command's results go."""
+
+    def __init__(self, as_json: bool, quiet: bool, verbose: bool) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+
+    def document(self, document: dict[str, Any]) -> None:
+        print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+    def line(self, label: str, text: str) -> None:
+        click.echo(f"{label:<{_LABEL}}{text}")
+
+    def warn(self, text: str) -> None:
+        click.echo(f"warning: {text}", err=True)
+
+    def progress(self) -> Bar | None:
+        """A bar on a terminal; nothing elsewhere."""
+        return None if self.quiet or self.as_json or not sys.stderr.isatty() else Bar()
+
+    def show_plan(self, plan: Plan, output: Path | None) -> None:
+        """What would be done."""
+        if self.as_json:
+            self.document(plan_document(plan, output, self.verbose))
+        elif not self.quiet:
+            self._describe(plan)
+            where = f" to {output}" if output is not None else ""
+            self.line("writes", f"{format_bytes(output_bytes(plan))}{where}; {_tensor_counts(plan)}")
+            if self.verbose:
+                self._list_tensors(plan)
+
+    def show_result(self, result: Result) -> None:
+        """What was done."""
+        if self.as_json:
+            self.document(result_document(result))
+        elif not self.quiet:
+            self._describe(result.plan)
+            size = format_bytes(result.bytes_written)
+            self.line("wrote", f"{result.output}: {_tensor_counts(result.plan)}, {size} in {result.seconds:.1f} s")
+            if result.survival:
+                shares = ", ".join(
+                    f"{_component_label(name, result.plan)} {_percent(share)}"
+                    for name, share in result.survival.items()
+                )
+                self.line("survived", f"{shares} of the update after rounding")
+            if result.report is not None:
+                self.line("verified", _verdict(result.report))
+        if result.leftover:
+            self.warn(f"a draft that a killed run had left beside {result.output} was replaced")
+        for name, share in result.survival.items():
+            if share < _WEAK:
+                self.warn(
+                    f"only {_percent(share)} of the update of {name} survived the rounding: it is too small for the "
+                    f"dtype. A wider one keeps more (--dtype fp32), so does a larger weight."
+                )
+
+    def show_report(self, output: Path, report: Report) -> None:
+        """What a verification found."""
+        if self.as_json:
+            self.document(report_document(output, report))
+        elif not self.quiet:
+            self.line("checked", f"{output} ({report.mode})")
+            self.line("result", _verdict(report))
+            for finding in report.findings[:_MOST_LINES]:
+                self.line("wrong", finding)
+
+    def _describe(self, plan: Plan) -> None:
+        variant = f" {plan.variant}" if plan.variant else ""
+        count = sum(len(file.tensors) for file in plan.files)
+        self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {plan.layout} layout, {count} tensors")
+        for use in plan.adapters:
+            weights = ", ".join(
+                f"{name} {value:g}" for name, value in (("te", use.te), ("unet", use.unet)) if value is not None
+            )
+            ranks = f", rank {_ranks(use.ranks)}" if use.ranks else ""
+            self.line(
+                "lora",
+                f"{use.name} x {use.weight:g}{f' ({weights})' if weights else ''}: "
+                f"{', '.join(use.dialects)} names, {', '.join(use.algorithms)}{ranks}, {use.modules} modules",
+            )
+        covered = ", ".join(
+            f"{_component_label(name, plan)} {part.matched}/{part.total}" for name, part in plan.components.items()
+        )
+        self.line("matched", covered or "nothing to fuse: the output is a copy")
+        for entry in plan.skipped:
+            self.line("skipped", f"{entry.modules} modules of {entry.component} ({entry.adapter}): {entry.reason}")
+        for missing in plan.unmatched[:_MOST_LINES]:
+            nearest = f"; nearest: {missing.nearest}" if missing.nearest else ""
+            self.line("unmatched", f"{missing.module} ({missing.adapter}): {missing.reason}{nearest}")
+        if len(plan.unmatched) > _MOST_LINES:
+            self.line("unmatched", f"... and {len(plan.unmatched) - _MOST_LINES} more (--json lists all)")
+        for note in plan.notes:
+            self.line("note", note)
+
+    def _list_tensors(self, plan: Plan) -> None:
+        for file, tensor in plan.tensors():
+            if not tensor.is_copy:
+                shape = "x".join(map(str, tensor.shape))
+                terms = ", ".join(f"{term.module} * {term.scale:g}" for term in tensor.terms)
+                where = f"{file.relative}:" if file.relative else ""
+                click.echo(f"  {where}{tensor.name} {tensor.dtype} {shape}: {terms}")
+
+
+def _component_label(name: str, plan: Plan) -> str:
+    """te1 is called te where the base has no second text encoder."""
+    owners = {tensor.component for _, tensor in plan.tensors()}
+    return "te" if name == "te1" and sum(map(is_text_encoder, owners)) == 1 else name
+
+
+def _tensor_counts(plan: Plan) -> str:
+    fused = sum(bool(tensor.terms) for _, tensor in plan.tensors())
+    copied = sum(tensor.is_copy for _, tensor in plan.tensors())
+    converted = sum(len(file.tensors) for file in plan.files) - fused - copied
+    return f"{fused} tensors fused, {f'{converted} converted, ' if converted else ''}{copied} copied unchanged"
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def _verdict(report: Report) -> str:
+    if not report.ok:
+        return f"WRONG: {len(report.findings)} findings"
+    parts = [f"{report.untouched_tensors} untouched tensors identical"]
+    if report.elements:
+        parts.append(
+            f"{report.equal} of {report.elements} elements equal float64 rounded once ({_percent(report.equal_share)})"
+        )
+        parts.append(f"largest error {report.max_ulp:.3f} ulp")
+    extent = "everything compared" if report.mode == "full" else "a sample compared"
+    return f"{', '.join(parts)} ({extent})"
+
+
+def _percent(share: float) -> str:
+    """A share in percent that says 100 only if it is."""
+    if share == 1:
+        return "100 %"
+    digits = 1 if share < 0.99 else 2 if share < 0.999 else 4
+    return f"{min(share * 100, 100 - 10**-digits):.{digits}f} %"
+
+
+class Bar:
+    """Progress as a tqdm bar in bytes, with rate and remaining time."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def start(self, task: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self.finish()
+        if total:
+            self._bar = tqdm(
+                total=total, desc=task, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr
+            )
+
+    def advance(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,65 @@
+"""From the words of a command line to a plan: the part that fuse, plan and verify share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bake import api
+from bake.cli.output import Output
+from bake.errors import UsageError
+from bake.plan.model import Plan
+from bake.plan.prompt import LoraFolder, choices_from_prompt, parse_prompt
+from bake.plan.recipe import AdapterChoice
+
+
+def chosen_adapters(
+    loras: Sequence[AdapterChoice], prompt: str | None, lora_dir: Path | None, out: Output
+) -> list[AdapterChoice]:
+    """The adapters named with -l and in the prompt, in that order."""
+    choices = list(loras)
+    if prompt is not None:
+        if lora_dir is None:
+            raise UsageError("--prompt needs --lora-dir DIR, the folder with the LoRAs it names")
+        parsed = parse_prompt(prompt)
+        choices += choices_from_prompt(parsed, LoraFolder(lora_dir))
+        names = [tag.name for tag in parsed.tags]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            out.warn(f"{name} is in the prompt {names.count(name)} times; its weights are added up")
+        for other in parsed.others:
+            out.warn(f"{other} is not a LoRA tag; it stays in the prompt")
+        if not (out.as_json or out.quiet):
+            out.line("prompt", parsed.rest or "(nothing but LoRA tags)")
+    elif lora_dir is not None:
+        raise UsageError("--lora-dir is for --prompt; name single files with -l")
+    return choices
+
+
+def make_plan(
+    base: Path,
+    out: Output,
+    *,
+    loras: Sequence[AdapterChoice],
+    prompt: str | None,
+    lora_dir: Path | None,
+    also: Sequence[Path],
+    dtype: str,
+    only: Sequence[str],
+    allow_unmatched: bool,
+    metadata: Sequence[tuple[str, str]],
+    no_recipe: bool,
+) -> Plan:
+    """The plan that the options of fuse and plan ask for."""
+    adapters = chosen_adapters(loras, prompt, lora_dir, out)
+    if not adapters and dtype == "keep":
+        raise UsageError("nothing to fuse: name adapters with -l, or with --prompt and --lora-dir")
+    return api.build_plan(
+        base,
+        adapters,
+        also=also,
+        dtype=dtype,
+        only=only,
+        allow_unmatched=allow_unmatched,
+        metadata=dict(metadata),
+        record=not no_recipe,
+    )

@@ -1,0 +1,76 @@
+"""bake verify"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from bake import api
+from bake.cli.options import adapter_options, output_options
+from bake.cli.output import Output
+from bake.cli.request import chosen_adapters
+from bake.dtypes import OUTPUT_DTYPES
+from bake.errors import UsageError, VerificationFailed
+from bake.plan.recipe import AdapterChoice
+
+
+@click.command("verify")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="What it was made from. Default: the recipe inside.")
+@adapter_options
+@click.option("--also", multiple=True, type=click.Path(path_type=Path), help="As for fuse.")
+@click.option("--dtype", type=click.Choice(["keep", *OUTPUT_DTYPES]), default="keep", help="As for fuse.")
+@click.option("--only", multiple=True, metavar="COMPONENT", help="As for fuse.")
+@click.option("--allow-unmatched", is_flag=True, help="As for fuse.")
+@click.option(
+    "--search",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where to look for the recipe's inputs, besides the output's folder and the current one. Repeatable.",
+)
+@click.option("--full", is_flag=True, help="Compare every byte and element; without it, a sample.")
+@output_options
+def command(
+    output: Path,
+    base: Path | None,
+    loras: Sequence[AdapterChoice],
+    prompt: str | None,
+    lora_dir: Path | None,
+    also: Sequence[Path],
+    dtype: str,
+    only: Sequence[str],
+    allow_unmatched: bool,
+    search: Sequence[Path],
+    full: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Prove a bake: recompute OUTPUT from its inputs in float64 and compare.
+
+    Without --base the recipe stored in OUTPUT is replayed. Untouched tensors must equal the base byte for
+    byte; fused ones the float64 result, rounded. Exit code 9 if anything differs.
+
+    \b
+    bake verify out.safetensors --search loras
+    bake verify out.safetensors --base sd15.safetensors -l style.safetensors:0.8 --full
+    """
+    out = Output(as_json, quiet, verbose)
+    adapters = chosen_adapters(loras, prompt, lora_dir, out)
+    if base is None and (adapters or also or only or allow_unmatched or dtype != "keep"):
+        raise UsageError("adapters and their options need --base too; without it the stored recipe is replayed")
+    report = api.check_output(
+        output,
+        base,
+        adapters,
+        search=search,
+        full=full,
+        progress=out.progress(),
+        **({} if base is None else {"also": also, "dtype": dtype, "only": only, "allow_unmatched": allow_unmatched}),
+    )
+    out.show_report(output, report)
+    if not report.ok:
+        raise click.exceptions.Exit(VerificationFailed.exit_code)

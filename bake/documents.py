@@ -1,0 +1,91 @@
+"""The JSON documents of `--json`: stable keys, one schema version, plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bake.api import Result, input_bytes, output_bytes
+from bake.errors import BakeError
+from bake.plan.model import Plan
+from bake.verify.report import Report
+
+SCHEMA = 1
+
+
+def plan_document(plan: Plan, output: Path | None, full: bool = False) -> dict[str, Any]:
+    """What `bake plan` and `fuse --dry-run` say; with `full`, the plan itself under "plan"."""
+    document = {
+        "schema": SCHEMA,
+        "output": None if output is None else str(output),
+        **_facts(plan),
+        "bytes": {"read": input_bytes(plan), "written": output_bytes(plan)},
+    }
+    return document | ({"plan": plan.to_json()} if full else {})
+
+
+def result_document(result: Result) -> dict[str, Any]:
+    """What `bake fuse` says."""
+    return {
+        "schema": SCHEMA,
+        "output": str(result.output),
+        **_facts(result.plan),
+        "survival": result.survival,
+        "bytes": {"read": input_bytes(result.plan), "written": output_bytes(result.plan)},
+        "seconds": round(result.seconds, 3),
+        "verification": None if result.report is None else result.report.to_json(),
+    }
+
+
+def report_document(output: Path, report: Report) -> dict[str, Any]:
+    """What `bake verify` says."""
+    return {"schema": SCHEMA, "output": str(output), **report.to_json()}
+
+
+def error_document(error: BakeError, exit_code: int | None = None) -> dict[str, Any]:
+    """What any command says when it refuses."""
+    return {
+        "schema": SCHEMA,
+        "error": {
+            "code": error.code,
+            "exit": error.exit_code if exit_code is None else exit_code,
+            "message": error.message,
+            "details": error.details,
+        },
+    }
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    fused = sum(bool(tensor.terms) for _, tensor in plan.tensors())
+    copied = sum(tensor.is_copy for _, tensor in plan.tensors())
+    total = sum(len(file.tensors) for file in plan.files)
+    return {
+        "family": plan.family,
+        "layout": plan.layout,
+        "variant": plan.variant,
+        "adapters": [
+            {
+                "name": use.name,
+                "weight": use.weight,
+                "te": use.te,
+                "unet": use.unet,
+                "dialects": list(use.dialects),
+                "algorithms": list(use.algorithms),
+                "ranks": list(use.ranks),
+                "modules": use.modules,
+                "embeddings": list(use.embeddings),
+            }
+            for use in plan.adapters
+        ],
+        "components": {name: {"matched": part.matched, "total": part.total} for name, part in plan.components.items()},
+        "unmatched": [
+            {"module": entry.module, "adapter": entry.adapter, "reason": entry.reason, "nearest": entry.nearest}
+            for entry in plan.unmatched
+        ],
+        "skipped": [
+            {"adapter": entry.adapter, "component": entry.component, "modules": entry.modules, "reason": entry.reason}
+            for entry in plan.skipped
+        ],
+        "tensors": {"fused": fused, "converted": total - fused - copied, "copied": copied},
+        "notes": list(plan.notes),
+    }

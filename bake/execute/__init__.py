@@ -1,0 +1,1 @@
+"""Does what the plan says and nothing else: reads, computes, writes."""

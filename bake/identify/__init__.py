@@ -1,0 +1,1 @@
+"""What is this file? Names, shapes and small stored numbers in, facts with their evidence out."""

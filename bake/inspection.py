@@ -1,0 +1,174 @@
+"""What is this file? The facts behind `bake inspect`, for checkpoints and adapters alike."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bake.errors import BakeError, InputError
+from bake.identify.adapter import Adapter, identify_adapter, is_adapter
+from bake.identify.checkpoint import identify_checkpoint
+from bake.identify.families import title
+from bake.identify.others import kind_of
+from bake.identify.quantised import quantisation_of
+from bake.io.adapter import AdapterFile, open_adapter
+from bake.io.checkpoint import Checkpoint, open_checkpoint
+from bake.io.digest import data_sha256, digest_file
+from bake.plan.build import build_plan
+from bake.plan.recipe import AdapterChoice, Recipe
+from bake.plan.record import RECIPE_KEY
+
+
+def inspect(path: str | Path, against: str | Path | None = None, hashes: bool = False) -> dict[str, Any]:
+    """Return what the file or folder at `path` is, as plain JSON data, from names and headers.
+
+    Keys: kind, family, layout (checkpoint) or dialects (adapter), algorithms, ranks, tensors, dtypes,
+    metadata, hashes and more. against: a base; says then, under "coverage", what of the adapter
+    would map and why not. hashes: also read every byte for its digests.
+    Raises InputError for what cannot be read, Unsupported for formats bake knows only by name.
+    """
+    path = Path(path)
+    source = _adapter_at(path)
+    if source is not None:
+        found = _describe_adapter(identify_adapter(source))
+        if against is not None:
+            found["coverage"] = _coverage(path, Path(against))
+    else:
+        found = _describe_other(path)
+    if hashes:
+        found["hashes"] = {str(file): _hashes(file) for file in _weight_files(path)}
+    return found
+
+
+def _adapter_at(path: Path) -> AdapterFile | None:
+    """The adapter at `path`, or None if there is something else."""
+    try:
+        source = open_adapter(path)
+    except InputError:
+        if path.is_dir():
+            return None  # a folder without adapter files may be a checkpoint
+        raise
+    return source if is_adapter(source) else None
+
+
+def _describe_other(path: Path) -> dict[str, Any]:
+    """A checkpoint, or a file of another known kind."""
+    checkpoint = open_checkpoint(path)
+    kind = kind_of([name for name, _, _ in checkpoint.tensors()], beside_factors=False)
+    if kind is None or kind.is_checkpoint:
+        return _describe_checkpoint(checkpoint)
+    return {"kind": kind.name, "path": str(path), "advice": kind.advice}
+
+
+def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    identity = identify_checkpoint(checkpoint)
+    tensors = [(name, info) for name, _, info in checkpoint.tensors()]
+    metadata: dict[str, str] = {}
+    for part in checkpoint.files:
+        metadata = {**part.file.metadata, **metadata}
+    quantised = quantisation_of(name for name, _ in tensors)
+    return {
+        "kind": "checkpoint",
+        "path": str(checkpoint.root),
+        "family": identity.family,
+        "title": title(identity.family),
+        "variant": identity.variant,
+        "layout": identity.layout,
+        "packaging": checkpoint.packaging,
+        "evidence": list(identity.evidence),
+        "components": {
+            component.name: sum(name.startswith(component.prefix) for name, _ in tensors)
+            for component in identity.components
+        },
+        "quantised": quantised[0] if quantised is not None else None,
+        "files": [{"name": part.relative, "size": part.file.size} for part in checkpoint.files],
+        "tensors": len(tensors),
+        "dtypes": dict(Counter(info.dtype for _, info in tensors)),
+        "bytes": sum(info.nbytes for _, info in tensors),
+        "recipe": _parsed(metadata.get(RECIPE_KEY)),
+        "metadata": _shown(metadata),
+        "hashes": _stored_hashes(metadata),
+    }
+
+
+def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    file = adapter.source.file
+    return {
+        "kind": "adapter",
+        "path": str(adapter.source.path),
+        "family": min(adapter.families) if len(adapter.families) == 1 else adapter.family_hint,
+        "families": sorted(adapter.families),
+        "evidence": [adapter.evidence] if adapter.evidence else [],
+        "dialects": list(adapter.dialects),
+        "algorithms": list(adapter.algorithms),
+        "supported": not adapter.refusals,
+        "refusal": adapter.refusals[0].message if adapter.refusals else None,
+        "ranks": list(adapter.ranks),
+        "modules": len(adapter.modules),
+        "embeddings": list(adapter.embeddings),
+        "unknown": list(adapter.unknown),
+        "tensors": len(file.tensors),
+        "dtypes": dict(Counter(info.dtype for info in file.tensors.values())),
+        "bytes": sum(info.nbytes for info in file.tensors.values()),
+        "notes": list(adapter.notes),
+        "metadata": _shown(file.metadata),
+        "hashes": _stored_hashes(file.metadata),
+    }
+
+
+def _coverage(adapter: Path, base: Path) -> dict[str, Any]:
+    """What of the adapter has a place in `base`; the refusal where fusing would be refused."""
+    try:
+        plan = build_plan(Recipe(base, (AdapterChoice(adapter),)))
+    except BakeError as refusal:
+        return {
+            "fits": False,
+            "refusal": {"code": refusal.code, "exit": refusal.exit_code, "message": refusal.message},
+            "components": refusal.details.get("components", {}),
+            "unmatched": refusal.details.get("unmatched", []),
+        }
+    components = {name: {"matched": part.matched, "total": part.total} for name, part in plan.components.items()}
+    return {"fits": True, "refusal": None, "components": components, "unmatched": []}
+
+
+def _weight_files(path: Path) -> Iterable[Path]:
+    if path.is_file():
+        return [path]
+    try:
+        return [open_adapter(path).file.path]
+    except BakeError:
+        return [part.file.path for part in open_checkpoint(path).files]
+
+
+def _hashes(path: Path) -> dict[str, str | None]:
+    digest = digest_file(path)
+    data = data_sha256(path)
+    return {
+        "sha256": digest.sha256,
+        "autov1": digest.legacy,
+        "autov2": digest.sha256[:10],
+        "autov3": data[:12] if data is not None else None,
+        "data_sha256": data,
+    }
+
+
+def _stored_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Hashes that other tools wrote into the file."""
+    keys = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+    return {key: metadata[key] for key in keys if key in metadata}
+
+
+def _shown(metadata: Mapping[str, str]) -> dict[str, Any]:
+    return {key: value for key, value in sorted(metadata.items()) if key != RECIPE_KEY}
+
+
+def _parsed(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,36 @@
+"""Stored bytes <-> torch tensors. The only part of io that needs torch for ordinary files."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bake.dtypes import DTYPES
+from bake.io.tensorfile import TensorFile
+
+
+def torch_dtype(tag: str) -> torch.dtype:
+    """The torch dtype of a safetensors tag."""
+    name = DTYPES[tag].torch
+    if name is None:
+        raise ValueError(f"torch has no dtype for {tag}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def view_as(raw: Tensor, tag: str, shape: tuple[int, ...]) -> Tensor:
+    """The first bytes of the uint8 tensor `raw` seen as a tensor of dtype `tag`; shares its memory."""
+    count = math.prod(shape)
+    return raw[: count * DTYPES[tag].bits // 8].view(torch_dtype(tag)).reshape(shape)
+
+
+def read_tensor(file: TensorFile, begin: int, tag: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A stored tensor, or consecutive rows of one, widened to `dtype` on the CPU.
+
+    begin: byte of the data section at which it starts. shape: of what is to be read.
+    """
+    raw = torch.empty(math.prod(shape) * DTYPES[tag].bits // 8, dtype=torch.uint8)
+    file.read_into(begin, raw.numpy().data)
+    return view_as(raw, tag, shape).to(dtype)

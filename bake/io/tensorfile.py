@@ -1,0 +1,123 @@
+"""One file of named tensors: what it holds is known at once, bytes are read where they are needed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from bake.dtypes import decode_scalar
+from bake.errors import InputError, Unsupported
+from bake.io.files import open_for_reading, read_bytes, read_into
+from bake.io.header import Header, TensorInfo, header_length, parse_header
+
+
+class TensorFile(Protocol):
+    """What the rest of bake needs of a file, whatever its format."""
+
+    path: Path
+    size: int  # bytes of the whole file
+    modified: int  # modification time in nanoseconds, to notice a change between plan and run
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]  # in the order of their bytes
+
+    def read_into(self, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the data section's bytes from `begin` on; safe from several threads."""
+
+    def kernel_span(self) -> tuple[int, int] | None:
+        """(file descriptor, byte where the data section starts) for copies inside the kernel, or None."""
+
+    def close(self) -> None:
+        """Give the file back; reading opens it again."""
+
+
+class SafetensorsFile:
+    """A .safetensors file: the header is checked on opening, data is read by position, nothing is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+        self._opening = threading.Lock()
+        try:
+            header = self._read_header()
+        finally:
+            self.close()
+        self.metadata = header.metadata
+        self.tensors = header.tensors
+        self._data_start = header.data_start
+
+    def _read_header(self) -> Header:
+        status = os.fstat(self._descriptor())
+        self.size, self.modified = status.st_size, status.st_mtime_ns
+        prefix = read_bytes(self._descriptor(), 0, min(8, self.size), self.path)
+        length = header_length(prefix, self.size, str(self.path))
+        text = read_bytes(self._descriptor(), 8, 8 + length, self.path)
+        return parse_header(text, self.size, str(self.path))
+
+    def _descriptor(self) -> int:
+        with self._opening:
+            if self._fd is None:
+                self._fd = open_for_reading(self.path)
+            return self._fd
+
+    def read_into(self, begin: int, buffer: memoryview) -> None:
+        read_into(self._descriptor(), buffer, self._data_start + begin, self.path)
+
+    def kernel_span(self) -> tuple[int, int]:
+        return self._descriptor(), self._data_start
+
+    def close(self) -> None:
+        with self._opening:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open `path` by what its first bytes say, not by its name.
+
+    Raises InputError for what cannot be read, HeaderError for a malformed safetensors file,
+    PickleRefused for a pickle that wants code, Unsupported for formats that bake knows only by name.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, a file was expected", path=str(path))
+    fd = open_for_reading(path)
+    try:
+        status = os.fstat(fd)
+        start = read_bytes(fd, 0, min(8, status.st_size), path)
+    finally:
+        os.close(fd)
+    if start[:4] == b"GGUF":
+        raise Unsupported(
+            f"{path} is a GGUF file. bake works on 16- and 32-bit weights: fuse into the original "
+            f"checkpoint and convert the result to GGUF.",
+            path=str(path),
+        )
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        from bake.io.pickled import PickledFile  # needs torch, which nothing else does before the work starts
+
+        return PickledFile(path)
+    return SafetensorsFile(path)
+
+
+def read_tensor_bytes(file: TensorFile, name: str) -> bytes:
+    """All bytes of one tensor."""
+    info = file.tensors[name]
+    buffer = bytearray(info.nbytes)
+    file.read_into(info.begin, memoryview(buffer))
+    return bytes(buffer)
+
+
+def read_number(file: TensorFile, name: str) -> float:
+    """The value of a one-element tensor of any numeric dtype.
+
+    Raises InputError if the tensor holds more than one value or no number.
+    """
+    info = file.tensors[name]
+    if any(size != 1 for size in info.shape):
+        raise InputError(f"{file.path}: {name!r} should be one number, it has shape {list(info.shape)}")
+    try:
+        return decode_scalar(info.dtype, read_tensor_bytes(file, name))
+    except ValueError as error:
+        raise InputError(f"{file.path}: {name!r}: {error}") from None

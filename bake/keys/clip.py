@@ -1,0 +1,82 @@
+"""CLIP text encoders: Hugging Face names, and OpenCLIP names with fused q, k and v.
+
+Adapters use Hugging Face names whatever the base uses. transformers 5 dropped the level
+`text_model.`, so every name exists with and without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from bake.keys.places import Parameters, Place
+
+Shape = tuple[int, ...]
+_LEVEL = "text_model."
+
+# diffusers before 0.26 named the projections of a text encoder like those of a UNet.
+_OLD_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+# OpenCLIP, inside a resblock -> Hugging Face, inside a layer
+_RESBLOCK = {
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+}
+_OUTSIDE = {
+    "ln_final": "final_layer_norm",
+    "token_embedding": "embeddings.token_embedding",
+    "positional_embedding": "embeddings.position_embedding",
+}
+_FUSED = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
+
+
+def hf_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> dict[str, Parameters]:
+    """The other spellings of a Hugging Face text encoder's modules."""
+    found = dict(_with_and_without_level(modules))
+    found.update(_old_projections({**modules, **found}))
+    return {alias: parameters for alias, parameters in found.items() if alias not in modules}
+
+
+def openclip_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> dict[str, Parameters]:
+    """The Hugging Face spellings of an OpenCLIP text encoder's modules; q, k and v are row thirds."""
+    found: dict[str, Parameters] = {}
+    for module, parameters in modules.items():
+        block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", module)
+        if module in _OUTSIDE:
+            found[_OUTSIDE[module]] = parameters
+        elif module == "text_projection":  # a bare parameter, stored (in, out)
+            found[module] = {"weight": parameters["weight"]._replace(transposed=True)}
+        elif block is not None:
+            layer = f"encoder.layers.{block[1]}"
+            head, _, fused = block[2].rpartition(".")
+            if fused in _FUSED and head == "attn":
+                place = parameters["weight"]
+                third = shapes[place.tensor][0] // 3
+                for position, projection in enumerate(("q_proj", "k_proj", "v_proj")):
+                    rows = (position * third, (position + 1) * third)
+                    target = found.setdefault(f"{layer}.self_attn.{projection}", {})
+                    target[_FUSED[fused]] = Place(place.tensor, rows)
+            elif block[2] in _RESBLOCK:
+                found[f"{layer}.{_RESBLOCK[block[2]]}"] = parameters
+    found.update(_with_and_without_level(found))
+    found.update(_old_projections(found))
+    return found
+
+
+def _with_and_without_level(modules: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    return {
+        path.removeprefix(_LEVEL) if path.startswith(_LEVEL) else _LEVEL + path: parameters
+        for path, parameters in modules.items()
+    }
+
+
+def _old_projections(modules: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    found = {}
+    for path, parameters in modules.items():
+        attention, _, leaf = path.rpartition(".")
+        if attention.endswith(".self_attn") and leaf in _OLD_PROJECTIONS:
+            found[f"{attention}.{_OLD_PROJECTIONS[leaf]}"] = parameters
+    return found

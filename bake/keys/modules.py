@@ -1,0 +1,107 @@
+"""Every spelling of every module of a base, so that an adapter's names are looked up, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bake.keys import clip, unet
+from bake.keys.dialects import Address, flatten
+from bake.keys.places import Parameters, Place, split_parameter
+
+Shape = tuple[int, ...]
+Aliases = Callable[[Mapping[str, Parameters], Mapping[str, Shape]], dict[str, Parameters]]
+
+# How a component's tensors are named -> the function that knows the other spellings of its modules.
+NAMINGS: dict[str, Aliases] = {
+    "ldm unet": unet.aliases,
+    "diffusers unet": unet.aliases,
+    "hf clip": clip.hf_aliases,
+    "openclip": clip.openclip_aliases,
+    "plain": lambda modules, shapes: {},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One model inside a base."""
+
+    name: str  # "unet", "te1", "te2", "te3", "vae", "model"
+    prefix: str  # what its tensor names begin with
+    naming: str  # key of NAMINGS
+
+
+class Found(NamedTuple):
+    """What an address resolved to."""
+
+    component: str
+    module: str  # the spelling that matched
+    parameters: Parameters
+
+
+class ModuleIndex:
+    """All spellings of the modules of all components of one base."""
+
+    def __init__(self, components: tuple[Component, ...], shapes: Mapping[str, Shape]) -> None:
+        """`shapes`: full tensor name -> shape, of the whole base."""
+        self.components = components
+        self.spellings: dict[str, dict[str, Parameters]] = {}
+        for component, names in _split_by_component(components, shapes):
+            own: dict[str, Parameters] = {}
+            for name in names:
+                module, parameter = split_parameter(name[len(component.prefix) :])
+                own.setdefault(module, {})[parameter] = Place(name)
+            self.spellings[component.name] = own | NAMINGS[component.naming](own, shapes)
+        self._flat: dict[str, dict[str, str]] = {}
+
+    def _flat_names(self, component: str) -> dict[str, str]:
+        """flat spelling -> dotted spelling, made when a flat dialect first asks."""
+        if component not in self._flat:
+            flat: dict[str, str] = {}
+            spellings = self.spellings[component]
+            for path in spellings:
+                other = flat.setdefault(flatten(path), path)
+                if spellings[other] != spellings[path]:
+                    raise AssertionError(f"{component}: {flatten(path)} means both {other} and {path}")
+            self._flat[component] = flat
+        return self._flat[component]
+
+    def find(self, address: Address) -> Found | None:
+        """The module that `address` names, or None. Numbers are resolved by `bake.keys.numbered`."""
+        for name in self.names(address):
+            path: str | None = address.path
+            if address.style == "flat":
+                path = self._flat_names(name).get(address.path)
+            if path is not None and path in self.spellings[name]:
+                return Found(name, path, self.spellings[name][path])
+        if address.style == "dotted" and not address.components:
+            return self._find_by_full_name(address.path)
+        return None
+
+    def names(self, address: Address) -> Iterator[str]:
+        """The components of this base in which `address` looks."""
+        for component in self.components:
+            if not address.components or component.name in address.components:
+                yield component.name
+
+    def _find_by_full_name(self, path: str) -> Found | None:
+        for component in self.components:
+            below = path[len(component.prefix) :]
+            if component.prefix and path.startswith(component.prefix) and below in self.spellings[component.name]:
+                return Found(component.name, below, self.spellings[component.name][below])
+        return None
+
+
+def _split_by_component(
+    components: tuple[Component, ...], shapes: Mapping[str, Shape]
+) -> Iterator[tuple[Component, list[str]]]:
+    """Each component with its tensor names; a name belongs to the longest prefix it begins with."""
+    ordered = sorted(components, key=lambda component: -len(component.prefix))
+    names: dict[str, list[str]] = {component.name: [] for component in components}
+    for name in shapes:
+        owner = next((component for component in ordered if name.startswith(component.prefix)), None)
+        if owner is not None:
+            names[owner.name].append(name)
+    for component in components:
+        yield component, names[component.name]

@@ -1,0 +1,1 @@
+"""Decides everything: what goes where, with which scale, in which file. Pure; no torch."""

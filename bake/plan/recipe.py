@@ -1,0 +1,53 @@
+"""What was asked for, before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """One adapter with the weights the user typed. Every finite weight is allowed; 0 leaves out."""
+
+    path: Path
+    weight: float = 1.0
+    te: float | None = None  # for the text encoders; None: as `weight`
+    unet: float | None = None  # for everything else; None: as `weight`
+    rank_limit: int | None = None  # A1111's dyn: use only the first ranks of LoRA factors
+
+    def weight_for(self, component: str) -> float:
+        """The weight that counts for modules of `component`."""
+        chosen = self.te if is_text_encoder(component) else self.unet
+        return self.weight if chosen is None else chosen
+
+    @property
+    def is_off(self) -> bool:
+        """True if no module of any component has a weight."""
+        return self.weight_for("te1") == 0 and self.weight_for("unet") == 0
+
+
+def is_text_encoder(component: str) -> bool:
+    """True for te1, te2, te3."""
+    return component.rstrip("0123456789") == "te"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One bake: a base, adapters and how to write the result."""
+
+    base: Path
+    adapters: tuple[AdapterChoice, ...]
+    also: tuple[Path, ...] = ()  # further files of a split stack
+    dtype: str = "keep"  # "keep" or a key of OUTPUT_DTYPES
+    only: tuple[str, ...] = ()  # fuse into these components alone; "te" is every text encoder
+    allow_unmatched: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)  # added to the output's
+    record: bool = True  # write names, weights and digests of the inputs into the output
+
+    def wants(self, component: str) -> bool:
+        """True if modules of `component` are to be fused."""
+        return not self.only or any(
+            choice == component or (choice == "te" and is_text_encoder(component)) for choice in self.only
+        )

@@ -1,0 +1,45 @@
+"""The whole check of an output against its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bake.io.fileset import Expected, FileSet
+from bake.io.tensorfile import open_tensors
+from bake.plan.model import Plan
+from bake.progress import Progress
+from bake.verify.report import Report
+from bake.verify.structure import check_structure, check_untouched
+
+
+def check_files(plan: Plan, paths: Mapping[str, Path], full: bool, progress: Progress) -> Report:
+    """What is wrong with the output files at `paths` (by relative path), measured against `plan`.
+
+    full: every byte and element; else structure, some bytes of each untouched tensor and some rows of
+    a sample of the touched ones. Raises InputError for files that cannot be read at all.
+    """
+    report = Report("full" if full else "sample")
+    files = FileSet([Expected(source.path, source.size, source.modified) for source in plan.inputs])
+    progress.start("verifying", plan.data_bytes if full else 0)
+    for file in plan.files:
+        output = open_tensors(paths[file.relative])
+        try:
+            if not check_structure(file, output, report):
+                continue
+            for tensor in file.tensors:
+                if tensor.is_copy:
+                    check_untouched(tensor, output, files, full, report)
+                    progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
+            touched = [tensor for tensor in file.tensors if not tensor.is_copy]
+            if touched:
+                from bake.verify.numeric import check_tensor, iter_blocks  # brings torch
+
+                for tensor, blocks in iter_blocks(touched, full):
+                    report.touched_tensors += 1
+                    check_tensor(tensor, blocks, output, files, report)
+                    progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
+        finally:
+            output.close()
+    progress.finish()
+    return report

@@ -1,0 +1,60 @@
+"""Names, shapes, dtypes and untouched bytes of an output against the plan and the base."""
+
+from __future__ import annotations
+
+import hashlib
+
+from bake.io.fileset import FileSet
+from bake.io.tensorfile import TensorFile
+from bake.plan.model import FilePlan, TensorPlan
+from bake.verify.report import Report
+
+_PIECE = 4 * 1024 * 1024
+_SAMPLE = 4096
+
+
+def check_structure(file: FilePlan, output: TensorFile, report: Report) -> bool:
+    """Note every departure of `output` from what was planned; True if its tensors can be compared."""
+    planned = {tensor.name: tensor for tensor in file.tensors}
+    for name in planned.keys() - output.tensors.keys():
+        report.add(f"{output.path}: the tensor {name} is missing")
+    for name in output.tensors.keys() - planned.keys():
+        report.add(f"{output.path}: the tensor {name} should not be there")
+    for name in planned.keys() & output.tensors.keys():
+        found, due = output.tensors[name], planned[name]
+        if (found.dtype, found.shape) != (due.dtype, due.shape):
+            report.add(
+                f"{output.path}: {name} is {found.dtype} {list(found.shape)}, {due.dtype} {list(due.shape)} was planned"
+            )
+    return report.ok
+
+
+def check_untouched(tensor: TensorPlan, output: TensorFile, files: FileSet, full: bool, report: Report) -> None:
+    """Compare an untouched tensor with the base: all its bytes, or the first block and one chosen by its name."""
+    size = tensor.span[1] - tensor.span[0]
+    begin = output.tensors[tensor.name].begin
+    report.untouched_tensors += 1
+    with files.using(tensor.source.input) as base:
+        for offset, count in _everything(size) if full else _samples(tensor.name, size):
+            report.untouched_bytes += count
+            if _read(base, tensor.source.span[0] + offset, count) != _read(output, begin + offset, count):
+                report.untouched_identical = False
+                report.add(f"{output.path}: {tensor.name} should equal the base, but its bytes differ")
+                return
+
+
+def _everything(size: int) -> list[tuple[int, int]]:
+    return [(offset, min(_PIECE, size - offset)) for offset in range(0, size, _PIECE)]
+
+
+def _samples(name: str, size: int) -> list[tuple[int, int]]:
+    if size <= 2 * _SAMPLE:
+        return [(0, size)]
+    chosen = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % (size - _SAMPLE)
+    return [(0, _SAMPLE), (chosen, _SAMPLE)]
+
+
+def _read(file: TensorFile, begin: int, count: int) -> bytes:
+    buffer = bytearray(count)
+    file.read_into(begin, memoryview(buffer))
+    return bytes(buffer)
