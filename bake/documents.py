@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,9 @@ def _facts(plan: Plan) -> dict[str, Any]:
             }
             for use in plan.adapters
         ],
-        "components": {name: {"matched": part.matched, "total": part.total} for name, part in plan.components.items()},
-        "unmatched": [
-            {"module": entry.module, "adapter": entry.adapter, "reason": entry.reason, "nearest": entry.nearest}
-            for entry in plan.unmatched
-        ],
-        "skipped": [
-            {"adapter": entry.adapter, "component": entry.component, "modules": entry.modules, "reason": entry.reason}
-            for entry in plan.skipped
-        ],
+        "components": {name: dataclasses.asdict(part) for name, part in plan.components.items()},
+        "unmatched": [dataclasses.asdict(entry) for entry in plan.unmatched],
+        "skipped": [dataclasses.asdict(entry) for entry in plan.skipped],
         "tensors": {"fused": fused, "converted": total - fused - copied, "copied": copied},
         "notes": list(plan.notes),
     }

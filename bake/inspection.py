@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -130,7 +131,7 @@ def _coverage(adapter: Path, base: Path) -> dict[str, Any]:
             "components": refusal.details.get("components", {}),
             "unmatched": refusal.details.get("unmatched", []),
         }
-    components = {name: {"matched": part.matched, "total": part.total} for name, part in plan.components.items()}
+    components = {name: dataclasses.asdict(part) for name, part in plan.components.items()}
     return {"fits": True, "refusal": None, "components": components, "unmatched": []}
 
 

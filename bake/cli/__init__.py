@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -75,13 +76,16 @@ def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 
-def main() -> NoReturn:
-    """Run the command line and exit; every refusal is one message and its exit code, no traceback."""
-    as_json = "--json" in sys.argv
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _on_sigterm)
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; every refusal is one message and its exit code, no traceback.
+
+    arguments: of the command line; None for those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(words, prog_name="bake", standalone_mode=False)
     except BakeError as error:
         _refuse(error, error.exit_code, as_json)
     except click.exceptions.NoArgsIsHelpError as error:

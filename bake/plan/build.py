@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -71,7 +72,7 @@ def build_plan(recipe: Recipe) -> Plan:
             files=_plan_files(recipe, checkpoint, identity, matching),
             side_files=_side_files(recipe, checkpoint),
             adapters=tuple(_adapter_use(use, *places[place]) for place, use in enumerate(uses)),
-            components=matching.coverage(),
+            components=matching.coverage(identity),
             unmatched=tuple(matching.unmatched),
             skipped=tuple(matching.skipped),
             notes=tuple(_notes(recipe, checkpoint, uses, matching)),
@@ -225,11 +226,8 @@ def _refuse_unmatched(recipe: Recipe, identity: BaseIdentity, matching: Matching
         "\n".join(lines),
         matched=matched,
         total=total,
-        unmatched=[
-            {"module": entry.module, "adapter": entry.adapter, "reason": entry.reason, "nearest": entry.nearest}
-            for entry in matching.unmatched
-        ],
-        components={name: {"matched": part.matched, "total": part.total} for name, part in matching.coverage().items()},
+        unmatched=[dataclasses.asdict(entry) for entry in matching.unmatched],
+        components={name: dataclasses.asdict(part) for name, part in matching.coverage(identity).items()},
     )
 
 

@@ -38,8 +38,11 @@ class Matching:
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def coverage(self) -> dict[str, Coverage]:
-        return {name: Coverage(self.matched[name], total) for name, total in sorted(self.total.items())}
+    def coverage(self, identity: BaseIdentity) -> dict[str, Coverage]:
+        """Component -> how many modules found a place; in the base's order, missing components last."""
+        order = [component.name for component in identity.components if component.name in self.total]
+        order += sorted(self.total.keys() - set(order))
+        return {name: Coverage(self.matched[name], self.total[name]) for name in order}
 
 
 @dataclass(frozen=True)
