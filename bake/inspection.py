@@ -100,7 +100,7 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "path": str(adapter.source.path),
-        "family": min(adapter.families) if len(adapter.families) == 1 else adapter.family_hint,
+        "family": adapter.family,
         "families": sorted(adapter.families),
         "evidence": [adapter.evidence] if adapter.evidence else [],
         "dialects": list(adapter.dialects),

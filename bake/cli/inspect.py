@@ -62,7 +62,7 @@ def _show_adapter(out: Output, found: dict[str, Any]) -> None:
     if not found["supported"]:
         out.line("", found["refusal"])
     out.line("names", ", ".join(found["dialects"]))
-    families = " or ".join(title(name) for name in found["families"]) or title(found["family"] or "unknown")
+    families = title(found["family"]) if found["family"] else " or ".join(map(title, found["families"])) or "unknown"
     told = f", as {found['evidence'][0]} tells" if found["evidence"] else ""
     out.line("made for", f"{families}{told}")
     ranks = ", ".join(map(str, found["ranks"])) or "-"
@@ -90,7 +90,7 @@ def _show_checkpoint(out: Output, found: dict[str, Any]) -> None:
     while isinstance(recipe, dict):  # bakes on top of bakes
         for use in recipe.get("adapters", []):
             sha256 = use["files"][0]["sha256"]
-            out.line("fused in", f"{use['name']} x {use['weight']:g} (SHA-256 {sha256[:12]}...)")
+            out.line("fused in", f"{use['name']} at {use['weight']:g} (SHA-256 {sha256[:12]}...)")
         base = recipe.get("base", {})
         out.line("made of", f"{base.get('name')} by bake {recipe.get('version')}")
         recipe = base.get("recipe")

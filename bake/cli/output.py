@@ -98,7 +98,7 @@ class Output:
             ranks = f", rank {_ranks(use.ranks)}" if use.ranks else ""
             self.line(
                 "lora",
-                f"{use.name} x {use.weight:g}{f' ({weights})' if weights else ''}: "
+                f"{use.name} at {use.weight:g}{f' ({weights})' if weights else ''}: "
                 f"{', '.join(use.dialects)} names, {', '.join(use.algorithms)}{ranks}, {use.modules} modules",
             )
         covered = ", ".join(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bake.errors import InputError, NonFinite, UnmatchedModules, Unsupported
-from bake.identify.fingerprints import families_by_names, family_by_metadata, family_by_width
+from bake.identify.fingerprints import families_by_names, family_by_metadata, family_by_shapes
 from bake.identify.others import kind_of
 from bake.identify.peft import PeftConfig, configs_in_metadata, parse_peft_config
 from bake.io.adapter import AdapterFile
@@ -60,6 +60,13 @@ class Adapter:
     unknown: tuple[str, ...] = ()  # tensors whose names no adapter format uses
     notes: tuple[str, ...] = ()
     refusals: tuple[Unsupported, ...] = ()  # why it cannot be fused, if it cannot
+
+    @property
+    def family(self) -> str | None:
+        """The one family it was made for, where names, or names and the hint together, leave only one."""
+        if len(self.families) == 1:
+            return min(self.families)
+        return self.family_hint if not self.families or self.family_hint in self.families else None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -277,12 +284,12 @@ def _families(source: AdapterFile, modules: tuple[Module, ...]) -> tuple[frozens
         for module in modules
         if not any(name.startswith("te") for address in module.readings[:1] for name in address.components)
     ]
-    families, evidence = families_by_names(outside_text, ("te2",) in components)
     downs = {
         module.name: source.file.tensors[update.factors["down"]].shape
         for module in modules
         for update in module.updates
         if "down" in update.factors
     }
-    hint = family_by_width(downs) or family_by_metadata(source.file.metadata)
+    families, evidence = families_by_names(outside_text, ("te2",) in components)
+    hint = family_by_metadata(source.file.metadata) or family_by_shapes(downs)
     return families, hint, evidence

@@ -139,7 +139,7 @@ def _identify(
     config = checkpoint.configs.get("", {})
     if "model_type" in config:
         return BaseIdentity(str(config["model_type"]), "huggingface", components, None, True, ("config.json",))
-    families, telling = families_by_names((split_parameter(name)[0] for name in shapes), False)
+    families, telling = families_by_names(split_parameter(name)[0] for name in shapes)
     family = min(families) if len(families) == 1 else "unknown"
     return BaseIdentity(family, "plain", components, None, family == "language-model", (telling,) if telling else ())
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from bake.keys.dialects import flatten
 
+Shape = tuple[int, ...]
+
 _UNETS = frozenset({"sd1", "sd2", "sdxl", "sdxl-refiner"})
 
 # Module names, dots written "_", that occur in one family only.    seen in
@@ -33,8 +35,11 @@ _UNET_EVIDENCE = (
 _EVIDENCE = tuple((re.compile(pattern), frozenset(families)) for pattern, families in _UNET_EVIDENCE)
 _IS_UNET = re.compile(r"(^|_)(down_blocks|up_blocks|input_blocks|output_blocks|mid_block|middle_block)_")
 
-CROSS_ATTENTION = re.compile(r"attn2_to_[kv]$")
-CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
+# The projections around a transformer are 1x1 convolutions in SD1, Linear layers in its successors.
+_PROJECTION = re.compile(r"_proj_(in|out)$")
+
+_CROSS_ATTENTION = re.compile(r"attn2_to_[kv]$")
+_CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
 
 # ss_base_model_version of kohya's metadata
 _KOHYA_VERSIONS = (
@@ -43,10 +48,10 @@ _KOHYA_VERSIONS = (
 )
 
 
-def families_by_names(modules: Iterable[str], has_second_text_encoder: bool) -> tuple[frozenset[str], str]:
+def families_by_names(modules: Iterable[str], has_second_text_encoder: bool = False) -> tuple[frozenset[str], str]:
     """(families whose blocks these module names are, the name that decided); empty set: no telling.
 
-    modules: names of an adapter's modules outside the text encoders.
+    modules: names of modules outside the text encoders.
     """
     flat = [flatten(module) for module in modules]
     for family, pattern in _FAMILIES:
@@ -67,11 +72,17 @@ def families_by_names(modules: Iterable[str], has_second_text_encoder: bool) -> 
     return possible, telling
 
 
-def family_by_width(down_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The family whose text encoder is as wide as the cross-attention inputs of this adapter."""
+def family_by_shapes(down_shapes: Mapping[str, Shape]) -> str | None:
+    """The family that these shapes of down factors, by module name, point to; a hint, not a proof.
+
+    Cross-attention is as wide as the family's text encoder; SD1 alone projects by convolution.
+    """
     for module, shape in down_shapes.items():
-        if CROSS_ATTENTION.search(flatten(module)) and len(shape) > 1:
-            return CONTEXT_WIDTHS.get(shape[1])
+        name = flatten(module)
+        if _CROSS_ATTENTION.search(name) and len(shape) > 1 and shape[1] in _CONTEXT_WIDTHS:
+            return _CONTEXT_WIDTHS[shape[1]]
+        if _PROJECTION.search(name) and len(shape) == 4:
+            return "sd1"
     return None
 
 

@@ -11,7 +11,7 @@ from bake.errors import DuplicateTarget, FamilyMismatch, ShapeMismatch
 from bake.identify.adapter import Adapter, Module, Update
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import FAMILIES, title
-from bake.identify.fingerprints import family_by_width
+from bake.identify.fingerprints import family_by_shapes
 from bake.io.header import TensorInfo
 from bake.io.tensorfile import read_tensor_bytes
 from bake.keys import hf, numbered
@@ -90,7 +90,7 @@ class AdapterMatcher:
         self.name = adapter.source.name
         self.taken: dict[str, list[tuple[Term, Module]]] = {}  # tensor -> what this adapter does to it
         self.misfits: list[tuple[Module, str]] = []
-        self.misfit_widths: dict[str, tuple[int, int]] = {}  # module of the base -> update that does not fit it
+        self.misfit_shapes: dict[str, tuple[int, ...]] = {}  # module of the base -> update that does not fit it
         self.duplicates = 0
 
     def run(self, recipe: Recipe) -> None:
@@ -200,7 +200,7 @@ class AdapterMatcher:
             region = self._region(update, place, found)
             if isinstance(region, str):
                 self.misfits.append((module, region))
-                self.misfit_widths[found.module] = update.delta
+                self.misfit_shapes[found.module] = update.delta
                 return
             self._add_term(module, component, update, place.tensor, *region)
         self.into.matched[component] += 1
@@ -312,7 +312,7 @@ class AdapterMatcher:
 
     def _refuse_misfits(self) -> None:
         base = self.base.identity.family
-        hint = family_by_width(self.misfit_widths) or self.adapter.family_hint
+        hint = family_by_shapes(self.misfit_shapes) or self.adapter.family_hint
         module, why = self.misfits[0]
         other_family = hint is not None and hint != base
         made_for = f" It looks made for {title(hint)}; the base is {title(base)}." if hint and other_family else ""
