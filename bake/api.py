@@ -14,11 +14,11 @@ from typing import Any, Literal
 from bake import __version__
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute
-from bake.io.checkpoint import open_checkpoint
 from bake.io.digest import BackgroundDigests, Digest
 from bake.io.draft import Draft, check_target, refusal_of
 from bake.io.files import open_for_writing, write_at
 from bake.io.header import TensorInfo, build_header
+from bake.io.tensorfile import open_tensors
 from bake.plan.build import build_plan as plan_recipe
 from bake.plan.model import FilePlan, Plan
 from bake.plan.recipe import AdapterChoice, Recipe
@@ -260,9 +260,10 @@ def check_output(
 
 def stored_recipe(path: Path) -> dict[str, Any]:
     """The recipe that bake stored in the checkpoint at `path`; raises InputError if there is none."""
-    checkpoint = open_checkpoint(path)
-    for part in checkpoint.files:
-        text = part.file.metadata.get(RECIPE_KEY)
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder", path=str(path))
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        text = open_tensors(file).metadata.get(RECIPE_KEY)
         if text is not None:
             try:
                 record = json.loads(text)

@@ -1,4 +1,4 @@
-"""Tensor names and shapes of Stable Diffusion 1 and XL checkpoints, at any width.
+"""Tensor names and shapes of Stable Diffusion checkpoints in the original layout, at any width.
 
 Written from the architectures, not from a file: with the default widths the lists equal those of the
 published checkpoints, with small ones they make fixtures that have every name and weigh nothing.
@@ -38,8 +38,11 @@ class Clip:
 
 
 SD1_UNET = UNet()
+SD2_UNET = UNet(context=1024, linear_projection=True)
 SDXL_UNET = UNet(320, (1, 2, 4), (0, 2, 10), 10, 2048, True, 2816)
+REFINER_UNET = UNet(384, (1, 2, 4, 4), (0, 4, 4, 0), 4, 1280, True, 2560)
 CLIP_L = Clip()
+CLIP_H = Clip(1024, 24)
 CLIP_BIGG = Clip(1280, 32)
 _SCHEDULE = (
     *("alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod"),
@@ -58,6 +61,27 @@ def sd1(unet: UNet = SD1_UNET, clip: Clip = CLIP_L, vae_width: int = 128, steps:
         **dict.fromkeys(_SCHEDULE, (steps,)),
         "model_ema.decay": (),
         "model_ema.num_updates": (),
+    }
+
+
+def sd2(unet: UNet = SD2_UNET, clip: Clip = CLIP_H, vae_width: int = 128, steps: int = 1000) -> Shapes:
+    """A single-file checkpoint of Stable Diffusion 2 in the original layout."""
+    return {
+        **_under("model.diffusion_model.", ldm_unet(unet)),
+        **_under("cond_stage_model.model.", openclip(clip)),
+        **_under("first_stage_model.", ldm_vae(vae_width)),
+        **dict.fromkeys(_SCHEDULE, (steps,)),
+        "model_ema.decay": (),
+        "model_ema.num_updates": (),
+    }
+
+
+def sdxl_refiner(unet: UNet = REFINER_UNET, clip: Clip = CLIP_BIGG, vae_width: int = 128) -> Shapes:
+    """A single-file checkpoint of the Stable Diffusion XL refiner in the original layout."""
+    return {
+        **_under("model.diffusion_model.", ldm_unet(unet)),
+        **_under("conditioner.embedders.0.model.", openclip(clip)),
+        **_under("first_stage_model.", ldm_vae(vae_width)),
     }
 
 

@@ -27,14 +27,14 @@ COMMANDS = {
     "completion": "bake.cli.completion",
 }
 _SUMMARIES = {
-    "fuse": "Fuse adapters into a base and write a new checkpoint.",
-    "plan": "Say what fuse would do, from headers alone.",
-    "inspect": "Say what a file is, and how an adapter fits a base.",
-    "verify": "Prove a bake: recompute it in float64 and compare.",
+    "fuse": "Fuse adapters into BASE and write a new checkpoint.",
+    "plan": "Say what fuse would do with BASE, from headers alone.",
+    "inspect": "Say what FILE is and what is inside.",
+    "verify": "Recompute OUTPUT from its inputs in float64 and compare.",
     "env": "Print versions and devices, for bug reports.",
-    "completion": "Print the completion script of a shell.",
+    "completion": "Print the completion script of SHELL.",
 }
-_TERMINATED = 143
+_SIGNALS: dict[int, int] = {signal.SIGINT: Interrupted.exit_code, signal.SIGTERM: 143}
 
 
 class _Commands(click.Group):
@@ -68,12 +68,12 @@ def cli() -> None:
     """
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: stop as Ctrl-C does."""
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM. No KeyboardInterrupt: click would answer that one by itself."""
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped(_SIGNALS[number])
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for number in _SIGNALS:
+        signal.signal(number, _on_signal)
     try:
         code = cli.main(words, prog_name="bake", standalone_mode=False)
     except BakeError as error:
@@ -96,9 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             error.show()
             sys.exit(error.exit_code)
         _refuse(UsageError(error.format_message()), error.exit_code, as_json)
-    except (KeyboardInterrupt, click.Abort) as error:
-        code = _TERMINATED if isinstance(error, _Terminated) else Interrupted.exit_code
-        _refuse(Interrupted("interrupted: the output is as it was before"), code, as_json)
+    except _Stopped as stopped:
+        _refuse(Interrupted("interrupted: the output is as it was before"), stopped.args[0], as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say no more
         sys.exit(1)

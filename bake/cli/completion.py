@@ -11,7 +11,9 @@ from bake.errors import UsageError
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish", "powershell"]))
 def command(shell: str) -> None:
-    """Print the completion script of SHELL; source it in your shell's start-up file.
+    """Print the completion script of SHELL.
+
+    Source it in your shell's start-up file.
 
     \b
     bake completion bash >> ~/.bashrc

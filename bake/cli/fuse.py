@@ -62,14 +62,15 @@ def command(
         api.check_output_path(plan, output, overwrite=overwrite)
         out.show_plan(plan, output)
         return
-    result = api.run_plan(
-        plan,
-        output,
-        device=device,
-        memory=memory,
-        threads=threads,
-        verify=verify,
-        overwrite=overwrite,
-        progress=out.progress(),
-    )
+    with out.progress() as progress:
+        result = api.run_plan(
+            plan,
+            output,
+            device=device,
+            memory=memory,
+            threads=threads,
+            verify=verify,
+            overwrite=overwrite,
+            progress=progress,
+        )
     out.show_result(result)

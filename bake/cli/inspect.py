@@ -24,7 +24,9 @@ _LONGEST = 100
 @click.option("--hashes", is_flag=True, help="Read every byte and print the hashes that sites and UIs know files by.")
 @output_options
 def command(file: Path, against: Path | None, hashes: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Say what FILE is: a checkpoint, an adapter or something else, and what is inside.
+    """Say what FILE is and what is inside.
+
+    A checkpoint, an adapter, or something else; from names and headers, so it answers at once.
 
     \b
     bake inspect style.safetensors --against sd15.safetensors

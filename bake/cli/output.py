@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from bake.documents import plan_document, report_document, result_document
 from bake.identify.families import title
 from bake.plan.model import Plan
 from bake.plan.recipe import is_text_encoder
+from bake.progress import Progress, Silent
 from bake.sizes import format_bytes
 from bake.verify.report import Report
 
@@ -37,9 +40,14 @@ class Output:
     def warn(self, text: str) -> None:
         click.echo(f"warning: {text}", err=True)
 
-    def progress(self) -> Bar | None:
-        """A bar on a terminal; nothing elsewhere."""
-        return None if self.quiet or self.as_json or not sys.stderr.isatty() else Bar()
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A bar on a terminal, gone at the end of the block; nothing elsewhere."""
+        bar = Silent() if self.quiet or self.as_json or not sys.stderr.isatty() else Bar()
+        try:
+            yield bar
+        finally:
+            bar.finish()
 
     def show_plan(self, plan: Plan, output: Path | None) -> None:
         """What would be done."""

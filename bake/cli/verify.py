@@ -49,7 +49,7 @@ def command(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Prove a bake: recompute OUTPUT from its inputs in float64 and compare.
+    """Recompute OUTPUT from its inputs in float64 and compare.
 
     Without --base the recipe stored in OUTPUT is replayed. Untouched tensors must equal the base byte for
     byte; fused ones the float64 result, rounded. Exit code 9 if anything differs.
@@ -62,15 +62,9 @@ def command(
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
     if base is None and (adapters or also or only or allow_unmatched or dtype != "keep"):
         raise UsageError("adapters and their options need --base too; without it the stored recipe is replayed")
-    report = api.check_output(
-        output,
-        base,
-        adapters,
-        search=search,
-        full=full,
-        progress=out.progress(),
-        **({} if base is None else {"also": also, "dtype": dtype, "only": only, "allow_unmatched": allow_unmatched}),
-    )
+    what = {} if base is None else {"also": also, "dtype": dtype, "only": only, "allow_unmatched": allow_unmatched}
+    with out.progress() as progress:
+        report = api.check_output(output, base, adapters, search=search, full=full, progress=progress, **what)
     out.show_report(output, report)
     if not report.ok:
         raise click.exceptions.Exit(VerificationFailed.exit_code)

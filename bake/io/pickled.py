@@ -9,6 +9,7 @@ import bisect
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,9 @@ def _load(path: Path, size: int) -> Any:
     if is_zip:
         _check_zip(path, size)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|class|type) ([\w.]+\.[\w.]+)", str(error))
         raise PickleRefused(

@@ -85,7 +85,7 @@ def open_tensors(path: Path) -> TensorFile:
     fd = open_for_reading(path)
     try:
         status = os.fstat(fd)
-        start = read_bytes(fd, 0, min(8, status.st_size), path)
+        start = read_bytes(fd, 0, min(9, status.st_size), path)
     finally:
         os.close(fd)
     if start[:4] == b"GGUF":
@@ -94,7 +94,8 @@ def open_tensors(path: Path) -> TensorFile:
             f"checkpoint and convert the result to GGUF.",
             path=str(path),
         )
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+    # A header may be as long as a number that reads like the mark of a pickle: the brace after it decides.
+    if start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
         from bake.io.pickled import PickledFile  # needs torch, which nothing else does before the work starts
 
         return PickledFile(path)

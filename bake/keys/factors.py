@@ -93,6 +93,7 @@ SUFFIXES: dict[str, Suffix] = {
     "boft_s": Suffix("boft_s"),
     "trainable_tokens_delta": Suffix("token_rows"),
     "token_adapter.trainable_tokens_delta": Suffix("token_rows"),
+    "base_layer.weight": Suffix("replacement"),  #    PEFT, embeddings and heads that it saves whole
 }
 _LONGEST = max(suffix.count(".") for suffix in SUFFIXES) + 1
 
@@ -185,6 +186,7 @@ ALGORITHMS = (
     Algorithm("HRA", ("hra_u",)),
     Algorithm("MLX LoRA", ("mlx_a", "mlx_b")),
     Algorithm("trainable tokens", ("token_rows",)),
+    Algorithm("a whole replaced tensor (base_layer)", ("replacement",)),
 )
 
 

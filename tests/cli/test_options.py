@@ -1,0 +1,67 @@
+"""Parsing of -l and its kin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bake.cli.options import KeyValue, Size, Weighted
+from bake.plan.recipe import AdapterChoice
+
+
+def parse(text: str) -> AdapterChoice:
+    return Weighted().convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("style.safetensors", AdapterChoice(Path("style.safetensors"))),
+        ("style.safetensors:0.8", AdapterChoice(Path("style.safetensors"), 0.8)),
+        ("style.safetensors:-0.5", AdapterChoice(Path("style.safetensors"), -0.5)),
+        ("style.safetensors:0", AdapterChoice(Path("style.safetensors"), 0.0)),
+        ("style.safetensors:1e-3", AdapterChoice(Path("style.safetensors"), 0.001)),
+        ("style.safetensors:0.8:te=0.5", AdapterChoice(Path("style.safetensors"), 0.8, te=0.5)),
+        ("style.safetensors:te=0.5:0.8", AdapterChoice(Path("style.safetensors"), 0.8, te=0.5)),
+        ("style.safetensors:te=0.5:unet=-1", AdapterChoice(Path("style.safetensors"), te=0.5, unet=-1.0)),
+        ("style.safetensors:dyn=4", AdapterChoice(Path("style.safetensors"), rank_limit=4)),
+        (r"C:\loras\style.safetensors:0.8", AdapterChoice(Path(r"C:\loras\style.safetensors"), 0.8)),
+        ("C:/loras/style.safetensors", AdapterChoice(Path("C:/loras/style.safetensors"))),
+        ("dir:with:colons/a.safetensors:2", AdapterChoice(Path("dir:with:colons/a.safetensors"), 2.0)),
+        ("folder", AdapterChoice(Path("folder"))),
+    ],
+)
+def test_an_adapter_with_its_weights(text: str, choice: AdapterChoice) -> None:
+    assert parse(text) == choice
+
+
+def test_a_file_of_that_very_name_is_meant(tmp_path: Path) -> None:
+    path = tmp_path / "style:0.8"
+    path.touch()
+    assert parse(str(path)) == AdapterChoice(path)
+    assert parse(f"{path}:0.5") == AdapterChoice(path, 0.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["a:1:2", "a:te=x", "a:te=1:te=2", "a:inf", "a:nan", "a:lbw=MIDD", "a:dyn=1.5", "a:dyn=0", "a:=3"]
+)
+def test_what_cannot_be_meant_is_refused(text: str) -> None:
+    with pytest.raises(click.UsageError):
+        parse(text)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_finite_weight_is_kept(weight: float) -> None:
+    assert parse(f"a.safetensors:{weight!r}").weight == weight
+
+
+def test_sizes_and_pairs() -> None:
+    assert Size().convert("2G", None, None) == 2**31
+    assert KeyValue().convert("a=b=c", None, None) == ("a", "b=c")
+    for kind, text in ((Size(), "much"), (KeyValue(), "a"), (KeyValue(), "=b")):
+        with pytest.raises(click.UsageError):
+            kind.convert(text, None, None)

@@ -1,0 +1,47 @@
+"""Fixtures for every test: small models, and the data that only some machines have."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE
+
+_BIG_FREE_BYTES = 30 * 10**9
+
+
+@pytest.fixture
+def sd1_base() -> Path:
+    """A checkpoint with every tensor name of Stable Diffusion 1.5."""
+    return SD1_BASE
+
+
+@pytest.fixture
+def kohya_lora() -> Path:
+    """A LoRA for UNet and text encoder in kohya's names."""
+    return KOHYA_LORA
+
+
+@pytest.fixture
+def diffusers_lora() -> Path:
+    """A LoRA for the UNet in diffusers names."""
+    return DIFFUSERS_LORA
+
+
+@pytest.fixture
+def shared() -> Path:
+    """A folder with real adapters, name lists and cases, where there is one beside the repository."""
+    folder = Path(os.environ.get("BAKE_TEST_DATA", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip("no folder with real adapters and name lists (BAKE_TEST_DATA) on this machine")
+    return folder
+
+
+@pytest.fixture
+def big_space(tmp_path: Path) -> Path:
+    """A folder on a disk with room for several full-size models, emptied afterwards."""
+    if shutil.disk_usage(tmp_path).free < _BIG_FREE_BYTES:
+        pytest.skip("full-size models need 30 GB of free disk")
+    return tmp_path

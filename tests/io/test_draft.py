@@ -1,0 +1,242 @@
+"""Drafts: the output appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, drafts
+
+from bake.errors import NoSpace, OutputBusy, OutputExists, OutputRefused, SameFile
+from bake.io import draft as module
+from bake.io.draft import Draft, check_target
+
+
+def check(target: Path, inputs=(), is_folder: bool = False, overwrite: bool = False, needed: int = 100) -> Path:
+    return check_target(target, inputs, is_folder, overwrite, needed)
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "old.safetensors").write_bytes(b"old")
+    return folder
+
+
+class TestTargets:
+    def test_a_free_place_is_accepted(self, tmp_path: Path) -> None:
+        assert check(tmp_path / "out.safetensors") == tmp_path / "out.safetensors"
+
+    def test_a_link_is_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "out.safetensors").symlink_to(tmp_path / "real" / "x.safetensors")
+        assert check(tmp_path / "out.safetensors") == tmp_path / "real" / "x.safetensors"
+
+    def test_an_existing_output_needs_overwrite(self, tmp_path: Path) -> None:
+        (tmp_path / "out").write_bytes(b"old")
+        with pytest.raises(OutputExists, match="--overwrite"):
+            check(tmp_path / "out")
+        assert check(tmp_path / "out", overwrite=True)
+
+    def test_an_empty_folder_is_free(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        assert check(tmp_path / "out", is_folder=True)
+
+    def test_a_folder_that_is_no_model_is_never_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("years of work")
+        with pytest.raises(OutputExists, match="does not look like a model"):
+            check(tmp_path / "out", is_folder=True, overwrite=True)
+
+    @pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])
+    def test_an_input_is_no_output(self, tmp_path: Path, how: str) -> None:
+        base = tmp_path / "base.safetensors"
+        base.write_bytes(b"weights")
+        target = base if how == "same" else tmp_path / "out.safetensors"
+        if how == "symlink":
+            target.symlink_to(base)
+        if how == "hardlink":
+            target.hardlink_to(base)
+        with pytest.raises(SameFile):
+            check(target, [base], overwrite=True)
+
+    def test_a_folder_that_holds_an_input_is_no_output(self, tmp_path: Path) -> None:
+        folder = make_model(tmp_path / "model")
+        with pytest.raises(SameFile):
+            check(folder, [folder / "old.safetensors"], is_folder=True, overwrite=True)
+
+    def test_the_folder_of_the_output_must_exist(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputRefused, match="does not exist"):
+            check(tmp_path / "no" / "out")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_without_permission_is_refused(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o500)
+        with pytest.raises(OutputRefused, match="no permission"):
+            check(tmp_path / "out")
+
+    def test_a_disk_that_is_too_small_is_refused_before_any_work(self, tmp_path: Path) -> None:
+        with pytest.raises(NoSpace, match="free") as caught:
+            check(tmp_path / "out", needed=10**18)
+        assert caught.value.details["needed"] == 10**18
+
+    def test_a_folder_in_the_place_of_a_file_and_the_reverse_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").touch()
+        with pytest.raises(OutputRefused, match="not a regular file"):
+            check(tmp_path / "folder", overwrite=True)
+        with pytest.raises(OutputRefused, match="is a file"):
+            check(tmp_path / "file", is_folder=True, overwrite=True)
+
+    def test_a_pipe_is_no_output(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OutputRefused, match="not a regular file"):
+            check(tmp_path / "pipe", overwrite=True)
+
+
+class TestFiles:
+    def test_published_bytes_replace_the_old_file(self, tmp_path: Path) -> None:
+        place = tmp_path / "out"
+        place.write_bytes(b"old")
+        with Draft(place, {"": 3}) as draft:
+            draft.file("").write_bytes(b"new")
+            assert place.read_bytes() == b"old"
+            draft.publish()
+        assert place.read_bytes() == b"new"
+        assert not drafts(tmp_path)
+
+    def test_an_error_leaves_the_old_file_and_no_litter(self, tmp_path: Path) -> None:
+        place = tmp_path / "out"
+        place.write_bytes(b"old")
+        with pytest.raises(RuntimeError), Draft(place, {"": 100}):
+            raise RuntimeError
+        assert place.read_bytes() == b"old"
+        assert not drafts(tmp_path)
+
+    def test_space_is_reserved_at_once(self, tmp_path: Path) -> None:
+        with Draft(tmp_path / "out", {"": 123_456}) as draft:
+            assert draft.path.stat().st_size == 123_456
+            assert draft.path.stat().st_blocks * 512 >= 123_456
+
+    def test_the_mode_is_that_of_the_umask(self, tmp_path: Path) -> None:
+        before = os.umask(0o027)
+        try:
+            with Draft(tmp_path / "out", {"": 1}) as draft:
+                draft.publish()
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o640
+
+    @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, NoSpace), (errno.EACCES, OutputRefused)])
+    def test_a_disk_that_refuses_the_space_is_a_typed_error_without_litter(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+    ) -> None:
+        def refuse(*arguments: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(kind):
+            Draft(tmp_path / "out", {"": 100})
+        assert not drafts(tmp_path)
+
+    def test_a_file_system_without_reservation_gets_an_empty_file_of_the_size(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*arguments: object) -> None:
+            raise OSError(errno.EOPNOTSUPP, "not here")
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with Draft(tmp_path / "out", {"": 1000}) as draft:
+            assert draft.path.stat().st_size == 1000
+
+    @pytest.mark.parametrize("call", ["fsync", "replace"])
+    def test_a_failure_while_publishing_leaves_the_old_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        place = tmp_path / "out"
+        place.write_bytes(b"old")
+
+        def fail(*arguments: object) -> None:
+            raise OSError(errno.EIO, "broken disk")
+
+        with Draft(place, {"": 3}) as draft:
+            monkeypatch.setattr(os, call, fail)
+            with pytest.raises(OutputRefused, match="broken disk"):
+                draft.publish()
+        assert place.read_bytes() == b"old"
+        assert not drafts(tmp_path)
+
+
+class TestLocks:
+    def test_a_second_run_on_the_same_output_is_told(self, tmp_path: Path) -> None:
+        with Draft(tmp_path / "out", {"": 10}) as draft:
+            other = subprocess.run(
+                [sys.executable, "-c", f"from bake.io.draft import Draft; from pathlib import Path; "
+                 f"Draft(Path({str(tmp_path / 'out')!r}), {{'': 5}})"],
+                cwd=ROOT, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert "OutputBusy" in other.stderr
+            assert draft.path.stat().st_size == 10
+
+    def test_runs_on_different_outputs_do_not_meet(self, tmp_path: Path) -> None:
+        with Draft(tmp_path / "a", {"": 1}), Draft(tmp_path / "b", {"": 1}):
+            pass
+
+    @pytest.mark.parametrize("is_folder", [False, True])
+    def test_what_a_killed_run_left_is_noticed_and_replaced(self, tmp_path: Path, is_folder: bool) -> None:
+        place = tmp_path / "out"
+        left = tmp_path / ".out.bake-draft"
+        if is_folder:
+            (left / "deep").mkdir(parents=True)
+            (left / "deep" / "rest").write_bytes(b"rest")
+        else:
+            left.write_bytes(b"a longer rest than the new file")
+        with Draft(place, {"x.safetensors": 3} if is_folder else {"": 3}) as draft:
+            assert draft.leftover
+            draft.publish()
+        assert not drafts(tmp_path)
+        size = (place / "x.safetensors" if is_folder else place).stat().st_size
+        assert size == 3
+        assert not is_folder or [path.name for path in place.iterdir()] == ["x.safetensors"]
+
+    def test_a_run_that_finds_nothing_says_nothing(self, tmp_path: Path) -> None:
+        with Draft(tmp_path / "out", {"": 1}) as draft:
+            assert not draft.leftover
+
+    def test_busy_is_an_output_refusal(self) -> None:
+        assert issubclass(OutputBusy, OutputRefused)
+
+
+class TestFolders:
+    @pytest.mark.parametrize("in_one_step", [True, False])
+    def test_a_folder_is_exchanged_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool
+    ) -> None:
+        place = make_model(tmp_path / "out")
+        if not in_one_step:
+            monkeypatch.setattr(module.sys, "platform", "darwin")
+        with Draft(place, {"unet/a.safetensors": 3, "b.safetensors": 3}) as draft:
+            draft.file("unet/a.safetensors").write_bytes(b"new")
+            assert (place / "old.safetensors").exists()
+            draft.publish()
+        assert sorted(path.name for path in place.rglob("*")) == ["a.safetensors", "b.safetensors", "unet"]
+        assert (place / "unet" / "a.safetensors").read_bytes() == b"new"
+        assert not drafts(tmp_path)
+
+    def test_a_new_folder_is_renamed_into_place(self, tmp_path: Path) -> None:
+        with Draft(tmp_path / "out", {"a": 1}) as draft:
+            assert not (tmp_path / "out").exists()
+            draft.publish()
+        assert (tmp_path / "out" / "a").stat().st_size == 1
+
+    def test_an_error_removes_the_whole_draft(self, tmp_path: Path) -> None:
+        place = make_model(tmp_path / "out")
+        with pytest.raises(RuntimeError), Draft(place, {"a": 1}):
+            raise RuntimeError
+        assert (place / "old.safetensors").read_bytes() == b"old"
+        assert not drafts(tmp_path)

