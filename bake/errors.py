@@ -32,7 +32,10 @@ from typing import Any, ClassVar
 
 
 class BakeError(Exception):
-    """A refusal: `message` is for people, `code` and `details` are for programs."""
+    """Something bake has no better name for: a bug in bake.
+
+    Of every refusal `message` is for people, `code` and `details` are for programs.
+    """
 
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "internal"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import layouts
 import pytest
+from models import write_random
 from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE
 
 _BIG_FREE_BYTES = 30 * 10**9
@@ -40,8 +43,19 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def big_space(tmp_path: Path) -> Path:
+def big_space(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk with room for several full-size models, emptied afterwards."""
     if shutil.disk_usage(tmp_path).free < _BIG_FREE_BYTES:
         pytest.skip("full-size models need 30 GB of free disk")
-    return tmp_path
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Stable Diffusion 1.5 checkpoint of full size, 2.1 GB of random fp16 values."""
+    folder = tmp_path_factory.mktemp("sd15")
+    if shutil.disk_usage(folder).free < _BIG_FREE_BYTES:
+        pytest.skip("full-size models need 30 GB of free disk")
+    yield write_random(folder / "sd15.safetensors", layouts.sd1())
+    shutil.rmtree(folder)

@@ -86,6 +86,29 @@ def sd1_pair(folder: Path, **options: Any) -> tuple[Path, Path, dict[str, NDArra
     return base, save(folder / "style.safetensors", arrays), deltas
 
 
+def write_random(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16") -> Path:
+    """A checkpoint of any size, written tensor by tensor: the values of one pool, over and over."""
+    from bake.io.header import build_header, lay_out
+
+    special = {name: stored_dtype(name) for name in shapes if stored_dtype(name) != "F16"}
+    placed = lay_out((name, special.get(name, dtype), shape) for name, shape in shapes.items())
+    pool = random(0, 4_194_301, spread=0.02).astype({"F16": np.float16, "F32": np.float32}[dtype]).tobytes()
+    with path.open("wb") as file:
+        file.write(build_header(placed, {"format": "pt"}))
+        for name, info in placed.items():
+            if name in special:
+                file.write(
+                    np.arange(info.nbytes // (8 if info.dtype == "I64" else 4))
+                    .astype(np.int64 if info.dtype == "I64" else np.int32)
+                    .tobytes()
+                )
+                continue
+            left = info.nbytes
+            while left:
+                left -= file.write(pool[:left])
+    return path
+
+
 def llama(layers: int = 2, width: int = 8) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a small Llama."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (16, width), "lm_head.weight": (16, width)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +71,9 @@ class Output:
             self.line("wrote", f"{result.output}: {_tensor_counts(result.plan)}, {size} in {result.seconds:.1f} s")
             if result.survival:
                 shares = ", ".join(
-                    f"{_component_label(name, result.plan)} {_percent(share)}"
-                    for name, share in result.survival.items()
+                    f"{_component_label(name, result.plan)} {_percent(result.survival[name])}"
+                    for name in result.plan.components
+                    if name in result.survival
                 )
                 self.line("survived", f"{shares} of the update after rounding")
             if result.report is not None:
@@ -155,19 +157,16 @@ def _verdict(report: Report) -> str:
     parts = [f"{report.untouched_tensors} untouched tensors identical"]
     if report.elements:
         parts.append(
-            f"{report.equal} of {report.elements} elements equal float64 rounded once ({_percent(report.equal_share)})"
+            f"{report.equal} of {report.elements} elements equal float64 rounded once ({_percent(report.equal_share, 4)})"
         )
         parts.append(f"largest error {report.max_ulp:.3f} ulp")
     extent = "everything compared" if report.mode == "full" else "a sample compared"
     return f"{', '.join(parts)} ({extent})"
 
 
-def _percent(share: float) -> str:
-    """A share in percent that says 100 only if it is."""
-    if share == 1:
-        return "100 %"
-    digits = 1 if share < 0.99 else 2 if share < 0.999 else 4
-    return f"{min(share * 100, 100 - 10**-digits):.{digits}f} %"
+def _percent(share: float, digits: int = 2) -> str:
+    """A share in percent, rounded down: it says 100 only if it is."""
+    return "100 %" if share == 1 else f"{math.floor(share * 100 * 10**digits) / 10**digits:.{digits}f} %"
 
 
 class Bar:

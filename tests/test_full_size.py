@@ -1,0 +1,96 @@
+"""Full-size models: exactness over hundreds of millions of elements, and memory that stays where it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pytest
+from models import write_random
+from support import ROOT, bake
+
+from bake.keys import unet
+
+pytestmark = [pytest.mark.big, pytest.mark.xdist_group("big")]
+
+# Runs bake and says on stderr how much memory the process took at most.
+MEASURED = """
+import resource, sys
+from bake.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def measured(*words: object) -> tuple[dict, int]:
+    """(JSON document, peak resident bytes) of a bake in a process of its own."""
+    finished = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, words), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    kilobytes = int(finished.stderr.split()[-1])
+    return json.loads(finished.stdout), kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_lora(path: Path, shapes: layouts.Shapes, rank: int, convolutions: bool) -> Path:
+    """kohya's names for every Linear layer, and every convolution if asked, of a UNet."""
+    prefix, wanted = "model.diffusion_model.", {}
+    ldm = {
+        name.removeprefix(prefix).removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if name.startswith(prefix) and name.endswith(".weight") and len(shape) > 1
+    }
+    names = unet.translate(ldm)
+    for module, shape in ldm.items():
+        if convolutions or "attentions" in names[module]:
+            flat = "lora_unet_" + names[module].replace(".", "_")
+            wanted[f"{flat}.lora_up.weight"] = (shape[0], rank, *(1,) * (len(shape) - 2))
+            wanted[f"{flat}.lora_down.weight"] = (rank, *shape[1:])
+    return write_random(path, wanted)
+
+
+def test_sd15_is_exact_and_untouched_where_it_should_be(sd15: Path, big_space: Path) -> None:
+    lora = write_lora(big_space / "lora.safetensors", layouts.sd1(), 32, convolutions=False)
+    output = big_space / "out.safetensors"
+    done, peak = measured("fuse", sd15, "-l", f"{lora}:0.8", "-o", output)
+    assert done["components"] == {"unet": {"matched": 192, "total": 192}}
+    assert peak < 600 * 2**20
+    report = bake("verify", output, "--full", "--search", sd15.parent, "--json").json
+    assert report["ok"]
+    assert report["untouched_identical"]
+    assert report["elements"] > 250_000_000
+    assert report["equal_share"] >= 0.9998
+    assert report["max_ulp"] <= 0.55
+
+
+def test_memory_stays_below_a_gibibyte_for_sdxl(big_space: Path) -> None:
+    """A 6.9 GB base with a rank-128 LoCon over the whole UNet."""
+    base = write_random(big_space / "sdxl.safetensors", layouts.sdxl())
+    lora = write_lora(big_space / "locon.safetensors", layouts.sdxl(), 128, convolutions=True)
+    done, peak = measured("fuse", base, "-l", f"{lora}:0.8", "-o", big_space / "out.safetensors")
+    assert done["components"]["unet"] == {"matched": 794, "total": 794}
+    assert done["bytes"]["written"] > 6.9e9
+    assert peak < 2**30
+
+
+def test_many_loras_cost_no_more_memory_than_one(sd15: Path, big_space: Path) -> None:
+    loras = []
+    for number in range(5):
+        path = write_lora(big_space / f"lora{number}.safetensors", layouts.sd1(), 32, convolutions=False)
+        with path.open("r+b") as file:  # different content, so that they are different LoRAs
+            file.seek(-2 * number - 2, 2)
+            file.write(np.float16(0.5).tobytes())
+        loras += ["-l", f"{path}:0.2"]
+    _, one = measured("fuse", sd15, *loras[:2], "-o", big_space / "one.safetensors")
+    _, five = measured("fuse", sd15, *loras, "-o", big_space / "five.safetensors")
+    assert five < one + 200 * 2**20
