@@ -161,7 +161,7 @@ def run_plan(
                     **report.to_json(),
                 )
         draft.publish()
-    return Result(plan, place, survival, report, sum(sizes.values()), time.monotonic() - started, draft.leftover)
+    return Result(plan, Path(output), survival, report, sum(sizes.values()), time.monotonic() - started, draft.leftover)
 
 
 def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) -> Path:

@@ -114,7 +114,7 @@ class Output:
         covered = ", ".join(
             f"{_component_label(name, plan)} {part.matched}/{part.total}" for name, part in plan.components.items()
         )
-        self.line("matched", covered or "nothing to fuse: the output is a copy")
+        self.line("matched", covered or "nothing to fuse")
         for entry in plan.skipped:
             self.line("skipped", f"{entry.modules} modules of {entry.component} ({entry.adapter}): {entry.reason}")
         for missing in plan.unmatched[:_MOST_LINES]:
@@ -156,9 +156,8 @@ def _verdict(report: Report) -> str:
         return f"WRONG: {len(report.findings)} findings"
     parts = [f"{report.untouched_tensors} untouched tensors identical"]
     if report.elements:
-        parts.append(
-            f"{report.equal} of {report.elements} elements equal float64 rounded once ({_percent(report.equal_share, 4)})"
-        )
+        share = _percent(report.equal_share, 4)
+        parts.append(f"{report.equal} of {report.elements} elements equal float64 rounded once ({share})")
         parts.append(f"largest error {report.max_ulp:.3f} ulp")
     extent = "everything compared" if report.mode == "full" else "a sample compared"
     return f"{', '.join(parts)} ({extent})"

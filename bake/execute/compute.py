@@ -16,7 +16,7 @@ from bake.errors import NonFinite
 from bake.execute.chunk import Chunk
 from bake.execute.device import Device
 from bake.io.fileset import FileSet
-from bake.io.payload import read_tensor
+from bake.io.payload import read_rows, read_tensor
 from bake.io.tensorfile import TensorFile
 from bake.keys.factors import as_matrix
 from bake.plan.model import Stored, TensorPlan, Term
@@ -189,10 +189,8 @@ class _ByRows:
         total[wanted, first:last].add_(self.work.upload(update))
 
     def _rows_of(self, file: TensorFile, stored: Stored, own: range) -> Tensor:
+        columns = as_matrix(stored.shape)[1]
         if self.term.transposed:
             whole = read_tensor(file, stored.span[0], stored.dtype, as_matrix(stored.shape), self.work.dtype)
             return whole.T[own.start : own.stop : own.step]
-        columns = as_matrix(stored.shape)[1]
-        begin = stored.span[0] + own.start * columns * DTYPES[stored.dtype].bits // 8
-        rows = read_tensor(file, begin, stored.dtype, (own[-1] + 1 - own.start, columns), self.work.dtype)
-        return rows[:: own.step]
+        return read_rows(file, stored.span[0], stored.dtype, columns, own, self.work.dtype)

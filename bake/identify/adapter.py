@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bake.errors import InputError, NonFinite, UnmatchedModules, Unsupported
 from bake.identify.fingerprints import families_by_names, family_by_metadata, family_by_shapes
@@ -73,7 +74,15 @@ class Adapter:
         return tuple(sorted({u.rank for module in self.modules for u in module.updates if u.rank is not None}))
 
 
-Groups = dict[str, dict[str, dict[str, tuple[str, bool]]]]  # module -> parameter -> factor -> (tensor, transposed)
+class Member(NamedTuple):
+    """One tensor of a module."""
+
+    tensor: str
+    transposed: bool
+
+
+Members = dict[str, Member]  # factor -> tensor
+Groups = dict[str, dict[str, Members]]  # module -> parameter -> what updates it
 
 
 def identify_adapter(source: AdapterFile) -> Adapter:
@@ -103,8 +112,8 @@ def identify_adapter(source: AdapterFile) -> Adapter:
             config = parse_peft_config(source.config, str(source.config_path))
     except Unsupported as refusal:
         refusals.append(refusal)
-    reader = _ScaleReader(source, config, by_component)
-    modules = tuple(_module(source, name, parameters, reader, refusals) for name, parameters in groups.items())
+    scales = _Scales(source, config, by_component)
+    modules = tuple(_module(source, name, parameters, scales, refusals) for name, parameters in groups.items())
     refused = (refusal.details.get("algorithm") for refusal in refusals)
     algorithms = (*(update.algorithm for module in modules for update in module.updates), *filter(None, refused))
     families, hint, evidence = _families(source, modules)
@@ -119,7 +128,7 @@ def identify_adapter(source: AdapterFile) -> Adapter:
         config=config,
         embeddings=tuple(embeddings),
         unknown=tuple(unknown),
-        notes=tuple(reader.notes()),
+        notes=tuple(scales.notes()),
         refusals=tuple(refusals),
     )
 
@@ -135,30 +144,29 @@ def _group(source: AdapterFile) -> tuple[Groups, list[str], list[str]]:
     groups: Groups = {}
     embeddings: list[str] = []
     unknown: list[str] = []
-    names = _list_names(source) if getattr(source.file, "is_list", False) else {}
+    names = _list_names(source) if source.file.is_list else {}
     for key in source.file.tensors:
-        numbered = _NUMBERED.fullmatch(names.get(key, key))
-        if numbered is not None:
-            found: tuple[str, Suffix] | None = (
-                f"{numbered['component']}:{numbered['number']}",
-                Suffix(numbered["factor"]),
-            )
-        else:
-            found = split_key(key)
+        found = _split_numbered(names.get(key, key)) or split_key(key)
         if found is not None:
             module, suffix = found
-            factors = groups.setdefault(module, {}).setdefault(suffix.parameter, {})
-            if suffix.factor in factors:
+            members = groups.setdefault(module, {}).setdefault(suffix.parameter, {})
+            if suffix.factor in members:
                 raise InputError(
                     f"{source.path}: module {module!r} has two tensors for {suffix.factor}: "
-                    f"{factors[suffix.factor][0]!r} and {key!r}"
+                    f"{members[suffix.factor].tensor!r} and {key!r}"
                 )
-            factors[suffix.factor] = (key, suffix.transposed)
+            members[suffix.factor] = Member(key, suffix.transposed)
         elif _EMBEDDING.fullmatch(key):
             embeddings.append(key)
         elif not _NO_UPDATE.fullmatch(key):
             unknown.append(key)
     return groups, embeddings, unknown
+
+
+def _split_numbered(key: str) -> tuple[str, Suffix] | None:
+    """(module name, suffix) of cloneofsimo's keys, such as unet:0:up."""
+    found = _NUMBERED.fullmatch(key)
+    return None if found is None else (f"{found['component']}:{found['number']}", Suffix(found["factor"]))
 
 
 def _list_names(source: AdapterFile) -> dict[str, str]:
@@ -175,7 +183,7 @@ def _list_names(source: AdapterFile) -> dict[str, str]:
     return {key: f"{component}:{i // 2}:{('up', 'down')[i % 2]}" for i, (key, _) in enumerate(tensors)}
 
 
-class _ScaleReader:
+class _Scales:
     """Finds alpha / rank of a module: in the file, in a configuration, else 1."""
 
     def __init__(self, source: AdapterFile, config: PeftConfig | None, by_component: Mapping[str, PeftConfig]) -> None:
@@ -186,14 +194,14 @@ class _ScaleReader:
         self.total = 0
         self.zero = 0
 
-    def scale(self, module: str, row: Algorithm, factors: Mapping[str, tuple[str, bool]], rank: int | None) -> float:
-        if "scale" in factors:
-            return self._number(factors["scale"][0])
+    def of(self, module: str, row: Algorithm, members: Members, rank: int | None) -> float:
+        if "scale" in members:
+            return self._number(members["scale"].tensor)
         if row.rank_of is None or rank is None:
             return 1.0
         self.total += 1
-        if "alpha" in factors:
-            alpha = self._number(factors["alpha"][0])
+        if "alpha" in members:
+            alpha = self._number(members["alpha"].tensor)
             self.zero += alpha == 0
             return alpha / rank if rank else 0.0
         component, _, below = module.partition(".")
@@ -220,17 +228,17 @@ class _ScaleReader:
 def _module(
     source: AdapterFile,
     name: str,
-    parameters: Mapping[str, Mapping[str, tuple[str, bool]]],
-    reader: _ScaleReader,
+    parameters: Mapping[str, Members],
+    scales: _Scales,
     refusals: list[Unsupported],
 ) -> Module:
     updates = []
     # alpha belongs to the module, whichever of its parameters the other factors update
-    for parameter, factors in parameters.items():
-        if factors.keys() <= set(SCALARS) and len(parameters) > 1:
+    for parameter, members in parameters.items():
+        if members.keys() <= set(SCALARS) and len(parameters) > 1:
             continue
         try:
-            updates.append(_update(source, name, parameter, factors, reader))
+            updates.append(_update(source, name, parameter, members, scales))
         except Unsupported as refusal:
             refusals.append(refusal)
     numbered = re.fullmatch(r"(unet|text_encoder):(\d+)", name)
@@ -240,16 +248,10 @@ def _module(
     return Module(name, addresses(name), tuple(updates))
 
 
-def _update(
-    source: AdapterFile,
-    module: str,
-    parameter: str,
-    factors: Mapping[str, tuple[str, bool]],
-    reader: _ScaleReader,
-) -> Update:
-    row = algorithm_of(factors)
+def _update(source: AdapterFile, module: str, parameter: str, members: Members, scales: _Scales) -> Update:
+    row = algorithm_of(members)
     if row is None:
-        held = ", ".join(sorted(factors))
+        held = ", ".join(sorted(members))
         raise InputError(
             f"{source.path}: module {module!r} is incomplete: it has {held} and nothing to go with it", module=module
         )
@@ -259,21 +261,21 @@ def _update(
             algorithm=row.name,
             module=module,
         )
-    extra = sorted(set(factors) - set(row.factors) - set(SCALARS))
+    extra = sorted(set(members) - set(row.factors) - set(SCALARS))
     if extra:
         raise Unsupported(
             f"{source.path}: module {module!r} combines {row.name} with {', '.join(extra)}, which bake does not fuse",
             module=module,
         )
-    tensors = {factor: key for factor, (key, _) in factors.items() if factor in row.factors}
+    tensors = {factor: member.tensor for factor, member in members.items() if factor in row.factors}
     shapes = {factor: source.file.tensors[key].shape for factor, key in tensors.items()}
     try:
         delta = row.shape(shapes)
     except ValueError as error:
         raise InputError(f"{source.path}: module {module!r}: {error}", module=module) from None
     rank = shapes[row.rank_of][0] if row.rank_of is not None else None
-    transposed = any(flag for _, flag in factors.values())
-    return Update(parameter, row.name, tensors, delta, rank, reader.scale(module, row, factors, rank), transposed)
+    transposed = any(member.transposed for member in members.values())
+    return Update(parameter, row.name, tensors, delta, rank, scales.of(module, row, members, rank), transposed)
 
 
 def _families(source: AdapterFile, modules: tuple[Module, ...]) -> tuple[frozenset[str], str | None, str]:

@@ -13,6 +13,7 @@ class Family:
     title: str  # for people
     modelspec: str = ""  # architecture id of the ModelSpec metadata convention, where it has one
     image: bool = True  # an image model: web UIs read its metadata
+    spelled: bool = True  # bake.keys knows how its modules are spelled; else it is only recognised
 
 
 _ROWS = (
@@ -20,13 +21,12 @@ _ROWS = (
     Family("sd2", "Stable Diffusion 2", "stable-diffusion-v2-512"),
     Family("sdxl", "Stable Diffusion XL", "stable-diffusion-xl-v1-base"),
     Family("sdxl-refiner", "Stable Diffusion XL refiner", "stable-diffusion-xl-v1-refiner"),
-    # Known so that adapters made for them are named, not fused.
-    Family("sd3", "Stable Diffusion 3"),
-    Family("flux", "Flux"),
-    Family("auraflow", "AuraFlow"),
-    Family("wan", "Wan"),
-    Family("qwen-image", "Qwen-Image"),
-    Family("lumina", "Lumina 2 or Z-Image"),
+    Family("sd3", "Stable Diffusion 3", spelled=False),
+    Family("flux", "Flux", spelled=False),
+    Family("auraflow", "AuraFlow", spelled=False),
+    Family("wan", "Wan", spelled=False),
+    Family("qwen-image", "Qwen-Image", spelled=False),
+    Family("lumina", "Lumina 2 or Z-Image", spelled=False),
     Family("language-model", "a language model", image=False),
 )
 FAMILIES = {row.name: row for row in _ROWS}

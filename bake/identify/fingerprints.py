@@ -18,7 +18,7 @@ _OTHER_FAMILIES = (
     ("sd3", r"(^|_)joint_blocks_\d+_"),
     ("qwen-image", r"(^|_)transformer_blocks_\d+_(img|txt)_(mlp|mod)"),
     ("wan", r"(^|_)blocks_\d+_(self_attn_[qkvo]$|cross_attn_[qkvo]$|ffn_\d)"),
-    ("lumina", r"(^|_)(layers|noise_refiner|context_refiner)_\d+_(attention_|feed_forward_w\d)"),
+    ("lumina", r"(^|_)(layers|noise_refiner|context_refiner)_\d+_attention_(qkv|out|to_[qkv]|to_out)(_|$)"),
     ("language-model", r"(^|_)(model|language_model|transformer|decoder)_(layers|h)_\d+_(self_attn|mlp|attn)_"),
 )
 _FAMILIES = tuple((family, re.compile(pattern)) for family, pattern in _OTHER_FAMILIES)

@@ -26,11 +26,19 @@ def view_as(raw: Tensor, tag: str, shape: tuple[int, ...]) -> Tensor:
     return raw[: count * DTYPES[tag].bits // 8].view(torch_dtype(tag)).reshape(shape)
 
 
-def read_tensor(file: TensorFile, begin: int, tag: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A stored tensor, or consecutive rows of one, widened to `dtype` on the CPU.
+def read_rows(file: TensorFile, begin: int, tag: str, columns: int, rows: range, dtype: torch.dtype) -> Tensor:
+    """Some rows of a stored tensor seen as a matrix of `columns` columns, widened to `dtype` on the CPU.
 
-    begin: byte of the data section at which it starts. shape: of what is to be read.
+    begin: byte of the data section at which the tensor starts. Rows in between are read and dropped.
     """
+    if not rows:
+        return torch.empty((0, columns), dtype=dtype)
+    offset = begin + rows[0] * columns * DTYPES[tag].bits // 8
+    return read_tensor(file, offset, tag, (rows[-1] + 1 - rows[0], columns), dtype)[:: rows.step]
+
+
+def read_tensor(file: TensorFile, begin: int, tag: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A stored tensor, widened to `dtype` on the CPU; begin: byte of the data section at which it starts."""
     raw = torch.empty(math.prod(shape) * DTYPES[tag].bits // 8, dtype=torch.uint8)
     file.read_into(begin, raw.numpy().data)
     return view_as(raw, tag, shape).to(dtype)

@@ -21,6 +21,7 @@ class TensorFile(Protocol):
     modified: int  # modification time in nanoseconds, to notice a change between plan and run
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]  # in the order of their bytes
+    is_list: bool  # its tensors have no names, only places
 
     def read_into(self, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` with the data section's bytes from `begin` on; safe from several threads."""
@@ -34,6 +35,8 @@ class TensorFile(Protocol):
 
 class SafetensorsFile:
     """A .safetensors file: the header is checked on opening, data is read by position, nothing is mapped."""
+
+    is_list = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

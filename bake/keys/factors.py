@@ -130,6 +130,7 @@ class Algorithm:
     optional: tuple[str, ...] = ()  # tensors the maths also takes
     shape: ShapeRule | None = None  # (rows, columns) of the update; None: bake recognises but cannot fuse it
     rank_of: str | None = None  # factor whose first dimension is the rank that alpha is divided by
+    by_rows: bool = False  # rows of the update need only the same rows of every factor
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -168,7 +169,7 @@ def as_matrix(shape: Shape) -> tuple[int, int]:
 ALGORITHMS = (
     Algorithm("DoRA", ("up", "down", "magnitude"), ("mid",)),
     Algorithm("lora", ("up", "down"), ("mid",), lora_shape, rank_of="down"),
-    Algorithm("full", ("diff",), (), full_shape),
+    Algorithm("full", ("diff",), (), full_shape, by_rows=True),
     Algorithm("LoHa", ("w1_a", "w1_b", "w2_a", "w2_b")),
     Algorithm("LoKr", ("kron_w1", "kron_w2")),
     Algorithm("LoKr", ("kron_w1", "kron_w2_a", "kron_w2_b")),

@@ -14,6 +14,7 @@ from bake.dtypes import DTYPES, OUTPUT_DTYPES
 from bake.errors import UnmatchedModules, Unsupported, UsageError
 from bake.identify.adapter import Adapter, identify_adapter
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
+from bake.identify.families import FAMILIES, title
 from bake.identify.quantised import quantisation_of
 from bake.io.adapter import content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, CheckpointFile, open_checkpoint
@@ -222,6 +223,11 @@ def _refuse_unmatched(recipe: Recipe, identity: BaseIdentity, matching: Matching
         lines.append("Use --allow-unmatched to fuse the rest.")
     else:
         lines.append("Nothing at all matched, so there is nothing to fuse.")
+    known = FAMILIES.get(identity.family)
+    if known is not None and not known.spelled:
+        lines.append(
+            f"The base is {title(identity.family)}: this version of bake fuses into it only what has its very names."
+        )
     raise UnmatchedModules(
         "\n".join(lines),
         matched=matched,

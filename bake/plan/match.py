@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bake.errors import DuplicateTarget, FamilyMismatch, ShapeMismatch
 from bake.identify.adapter import Adapter, Module, Update
@@ -24,6 +25,24 @@ from bake.plan.recipe import AdapterChoice, Recipe
 
 _NEAREST_FOR = 50  # unmatched modules that get a suggestion; comparing names is slow
 _FIRST_CONVOLUTIONS = ("conv_in", "input_blocks.0.0")
+
+
+class Region(NamedTuple):
+    """The part of a tensor, seen as a matrix, that an update covers."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    transposed: bool  # the factors give (columns, rows)
+
+    def overlaps(self, other: Term) -> bool:
+        return all(
+            mine[0] < theirs[1] and theirs[0] < mine[1]
+            for mine, theirs in ((self.rows, other.rows), (self.columns, other.columns))
+        )
+
+
+class _Misfit(Exception):
+    """An update has another shape than its target; says which."""
 
 
 @dataclass
@@ -197,18 +216,17 @@ class AdapterMatcher:
                 return
         for update in module.updates:
             place = found.parameters[update.parameter]
-            region = self._region(update, place, found)
-            if isinstance(region, str):
-                self.misfits.append((module, region))
+            try:
+                region = self._region(update, place, found)
+            except _Misfit as misfit:
+                self.misfits.append((module, str(misfit)))
                 self.misfit_shapes[found.module] = update.delta
                 return
-            self._add_term(module, component, update, place.tensor, *region)
+            self._add_term(module, component, update, place.tensor, region)
         self.into.matched[component] += 1
 
-    def _region(
-        self, update: Update, place: Place, found: Found
-    ) -> tuple[tuple[int, int], tuple[int, int], bool] | str:
-        """(rows, columns, transposed) of the target that the update covers, or why it does not fit."""
+    def _region(self, update: Update, place: Place, found: Found) -> Region:
+        """The part of the target that the update covers; raises _Misfit if there is none."""
         shape = self.base.tensors[place.tensor].shape
         height, width = as_matrix(shape)
         first, last = place.rows or (0, height)
@@ -221,13 +239,13 @@ class AdapterMatcher:
         else:
             transposed, fits = False, straight
         if fits:
-            return (first, last), (0, width), transposed
-        columns = update.delta[1]
+            return Region((first, last), (0, width), transposed)
         if self._is_widened_input(found, shape, update):
-            return (first, last), (0, columns), False
+            return Region((first, last), (0, update.delta[1]), False)
         part = f" rows {first} to {last}" if place.rows is not None else ""
-        return f"the update is {update.delta[0]} x {columns}, {place.tensor}{part} is {list(shape)}" + (
-            " (it would fit transposed)" if flipped and not fits else ""
+        hint = " (it would fit transposed)" if flipped else ""
+        raise _Misfit(
+            f"the update is {update.delta[0]} x {update.delta[1]}, {place.tensor}{part} is {list(shape)}{hint}"
         )
 
     def _stored_in_out(self, found: Found) -> bool:
@@ -246,29 +264,20 @@ class AdapterMatcher:
         kernel = shape[2] * shape[3]
         return update.delta[0] == shape[0] and update.delta[1] == 4 * kernel
 
-    def _add_term(
-        self,
-        module: Module,
-        component: str,
-        update: Update,
-        tensor: str,
-        rows: tuple[int, int],
-        columns: tuple[int, int],
-        transposed: bool,
-    ) -> None:
+    def _add_term(self, module: Module, component: str, update: Update, tensor: str, region: Region) -> None:
         term = Term(
             algorithm=update.algorithm,
             factors={factor: self._stored(name) for factor, name in sorted(update.factors.items())},
             scale=update.scale * self.choice.weight_for(component),
-            rows=rows,
-            columns=columns,
-            transposed=transposed,
+            rows=region.rows,
+            columns=region.columns,
+            transposed=region.transposed,
             adapter=self.place,
             module=module.name,
             rank_limit=self.choice.rank_limit if update.algorithm == "lora" and "mid" not in update.factors else None,
         )
         for other, owner in self.taken.get(tensor, []):
-            if _overlap(other.rows, rows) and _overlap(other.columns, columns):
+            if region.overlaps(other):
                 self._check_same(owner, other, module, term, tensor)
                 return
         self.taken.setdefault(tensor, []).append((term, module))
@@ -324,10 +333,6 @@ class AdapterMatcher:
             base_family=base,
             modules=[[misfit.name, reason] for misfit, reason in self.misfits],
         )
-
-
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
 
 
 def _nearest(reading: Address, known: Iterable[str]) -> str | None:

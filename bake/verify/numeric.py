@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from bake.adapters import DELTAS, LOW_RANK
-from bake.dtypes import DTYPES
 from bake.io.fileset import FileSet
-from bake.io.payload import read_tensor
+from bake.io.payload import read_rows, read_tensor
 from bake.io.tensorfile import TensorFile
-from bake.keys.factors import as_matrix
+from bake.keys.factors import as_matrix, supported
 from bake.plan.model import Stored, TensorPlan, Term
 from bake.verify.report import Report
 from bake.verify.rounding import round_once, spacing
@@ -64,7 +63,7 @@ def check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, fi
     reference = _Reference(tensor, files)
     for block in blocks:
         exact, lost = reference.rows(block)
-        found = _read_rows(output, written.begin, written.dtype, block, width)
+        found = read_rows(output, written.begin, written.dtype, width, block, torch.float64)
         rounded = round_once(exact, tensor.dtype)
         error = (found - exact).abs()
         step = spacing(torch.maximum(exact.abs(), reference.base_rows(block).abs()), tensor.dtype)
@@ -109,7 +108,8 @@ class _Reference:
     def base_rows(self, block: range) -> Tensor:
         source = self._plan.source
         with self._files.using(source.input) as file:
-            return _read_rows(file, source.span[0], source.dtype, block, as_matrix(self._plan.shape)[1])
+            columns = as_matrix(self._plan.shape)[1]
+            return read_rows(file, source.span[0], source.dtype, columns, block, torch.float64)
 
     def rows(self, block: range) -> tuple[Tensor, Tensor]:
         """(float64 values, bound on what float32 arithmetic loses) for some rows."""
@@ -132,15 +132,20 @@ class _Reference:
             left, right = self._pairs[place]
             mine = left[rows.start : rows.stop]
             return mine @ right, mine.abs() @ right.abs()
-        factors = {name: self._load(stored) for name, stored in term.factors.items()}
-        whole = DELTAS[term.algorithm](**factors, scale=term.scale)
-        update = (whole.T if term.transposed else whole)[rows.start : rows.stop]
+        by_rows = supported(term.algorithm).by_rows and not term.transposed
+        factors = {
+            name: self._rows_of(stored, rows) if by_rows else self._load(stored)
+            for name, stored in term.factors.items()
+        }
+        update = DELTAS[term.algorithm](**factors, scale=term.scale)
+        if not by_rows:
+            update = (update.T if term.transposed else update)[rows.start : rows.stop]
         return update, update.abs()
 
-
-def _read_rows(file: TensorFile, begin: int, tag: str, rows: range, width: int) -> Tensor:
-    offset = begin + rows.start * width * DTYPES[tag].bits // 8
-    return read_tensor(file, offset, tag, (len(rows), width), torch.float64)
+    def _rows_of(self, stored: Stored, rows: range) -> Tensor:
+        with self._files.using(stored.input) as file:
+            columns = as_matrix(stored.shape)[1]
+            return read_rows(file, stored.span[0], stored.dtype, columns, rows, torch.float64)
 
 
 def iter_blocks(tensors: list[TensorPlan], full: bool) -> Iterator[tuple[TensorPlan, list[range]]]:

@@ -36,6 +36,12 @@ def test_the_two_tables_hold_the_same_algorithms() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_algorithm_can_be_done_in_bounded_memory(row) -> None:
+    """As two thin matrices, or row by row."""
+    assert (row.name in LOW_RANK) != row.by_rows
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_parameters_of_the_maths_are_the_factors_of_the_row(row) -> None:
     for function in (DELTAS[row.name], LOW_RANK.get(row.name)):
         if function is not None:
