@@ -66,14 +66,14 @@ def check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, fi
         found = read_rows(output, written.begin, written.dtype, width, block, torch.float64)
         rounded = round_once(exact, tensor.dtype)
         error = (found - exact).abs()
-        step = spacing(torch.maximum(exact.abs(), reference.base_rows(block).abs()), tensor.dtype)
-        ulp = (error / step).nan_to_num(nan=torch.inf)
+        larger = torch.maximum(exact.abs(), reference.base_rows(block).abs())
+        ulp = (error / spacing(larger, tensor.dtype)).nan_to_num(nan=torch.inf)
         worst = float(ulp.max()) if ulp.numel() else 0.0
         report.elements += exact.numel()
         report.equal += int((found == rounded).sum())
         if worst > report.max_ulp or report.worst is None:
             report.max_ulp, report.worst = max(worst, report.max_ulp), tensor.name
-        wrong = ~(error <= step / 2 + lost) & (found != rounded)
+        wrong = ~(error <= spacing(exact, tensor.dtype) / 2 + lost) & (found != rounded)
         if bool(wrong.any()):
             row, column = (int(place) for place in wrong.nonzero()[0])
             report.add(
