@@ -6,10 +6,12 @@ import json
 import warnings
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 import torch
-from support import save_torch
+from models import lora_factors, random_arrays
+from support import save, save_torch
 
 from bake.api import fuse
 
@@ -26,6 +28,7 @@ SDXL = {
     **{"transformer_layers_per_block": (1, 2, 3), "use_linear_projection": True, "attention_head_dim": (2, 4, 4)},
     **{"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80},
 }
+FULL = {"sd1": layouts.sd1, "sd2": layouts.sd2, "sdxl": layouts.sdxl, "sdxl-refiner": layouts.sdxl_refiner}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 
 
@@ -169,3 +172,49 @@ def test_minilm_from_pypi_equals_pefts_own_merge(tmp_path: Path, shared: Path) -
     assert np.isfinite(worst)
     base = transformers.BertModel.from_pretrained(folder).state_dict()
     assert sum(not torch.equal(ours[name], base[name]) for name in base) == 12
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("sd1", "v1"), ("sdxl", "xl_base"), ("sd2", "v2"), ("sdxl-refiner", "xl_refiner")]
+)
+def test_diffusers_recognises_an_output_as_it_recognises_the_base(tmp_path: Path, family: str, kind: str) -> None:
+    """from_single_file decides by sentinel names and shapes: none may be lost, renamed or reshaped."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from safetensors.torch import load_file
+
+    shapes = FULL[family]()
+    touched = "model.diffusion_model.out.2"
+    arrays = {name: np.zeros(shape, np.float16) for name, shape in shapes.items() if is_telling(name, shape)}
+    arrays[f"{touched}.weight"] = np.zeros(shapes[f"{touched}.weight"], np.float16)
+    up, down = np.ones((4, 1, 1, 1)), np.ones((1, *shapes[f"{touched}.weight"][1:]))
+    base = save(tmp_path / "base.safetensors", arrays)
+    lora = save(tmp_path / "lora.safetensors", {f"{touched}.lora_up.weight": up, f"{touched}.lora_down.weight": down})
+    fuse(base, [lora], tmp_path / "out.safetensors")
+    found = infer_diffusers_model_type(load_file(tmp_path / "out.safetensors"))
+    assert found == infer_diffusers_model_type(load_file(base)) == kind
+
+
+def is_telling(name: str, shape: tuple[int, ...]) -> bool:
+    """The tensors by which loaders decide, and everything small; not the bulk of the weights."""
+    return len(shape) < 2 or name.endswith(("attn2.to_k.weight", "input_blocks.0.0.weight", "ln_final.weight"))
+
+
+def test_diffusers_from_single_file_loads_the_output_with_the_fused_weights(tmp_path: Path) -> None:
+    config = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 24, "attention_head_dim": 4}
+    folder = tmp_path / "config"
+    diffusers.UNet2DConditionModel(sample_size=8, **config).save_config(folder)
+    shapes = dict(layouts.ldm_unet(layouts.UNet(32, (1, 2, 2, 2), context=24)))
+    prefix = "model.diffusion_model."
+    base = save(tmp_path / "base.safetensors", random_arrays({prefix + n: s for n, s in shapes.items()}, np.float32))
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    up, down = lora_factors((64, 24), dtype=np.float32)
+    lora = save(tmp_path / "lora.safetensors", {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down})
+    fuse(base, [lora], tmp_path / "out.safetensors")
+    load_one = diffusers.UNet2DConditionModel.from_single_file
+    before, after = (
+        load_one(str(path), config=str(folder), local_files_only=True).state_dict()
+        for path in (base, tmp_path / "out.safetensors")
+    )
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {name}
+    torch.testing.assert_close(after[name] - before[name], torch.from_numpy(up @ down), rtol=0, atol=1e-6)

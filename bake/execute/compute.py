@@ -109,14 +109,17 @@ class Work:
         raise NonFinite(f"{name}: the update is not finite; an adapter holds NaN or infinity", tensor=name)
 
     def _survival(self, raw: Tensor, out: Tensor, chunk: Chunk) -> Survival:
-        """Sums over every 16th row, in float64: |update|^2 and |update - (out - raw)|^2."""
+        """Sums over every 16th row, in float64: |update|^2 and |update - (out - base)|^2.
+
+        The base counts as it would be stored without the update: what rounding it loses is not the update's.
+        """
         if not self._steps:
             return Survival(0.0, 0.0)
         rows = range(chunk.first, chunk.last, _SAMPLED_ROWS)
         update = self._device.scratch(len(rows) * chunk.columns, self.dtype).view(len(rows), chunk.columns).zero_()
         self.add(update, rows)
         exact = update.cpu().double()
-        written = out[::_SAMPLED_ROWS].double() - raw[::_SAMPLED_ROWS].double()
+        written = out[::_SAMPLED_ROWS].double() - raw[::_SAMPLED_ROWS].to(out.dtype).double()
         return Survival(float(exact.square().sum()), float((exact - written).square().sum()))
 
 

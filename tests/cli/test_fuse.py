@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from models import SD1_MODULES, UNET, random_arrays, save_base, sd1_pair
 from names import small
-from support import DIFFUSERS_LORA, KOHYA_LORA, SD1_BASE, bake, bake_process, drafts, load, raw, save
+from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE, bake, bake_process, drafts, load, raw, save
 
 
 @pytest.fixture
@@ -222,3 +223,34 @@ def test_options_come_from_the_environment_too(pair, tmp_path: Path) -> None:
     done = bake_process("fuse", base, "-l", lora, "-o", tmp_path / "o.safetensors", BAKE_FUSE_THREADS="zero")
     assert done.code == 2
     assert "BAKE_FUSE_THREADS" in done.err or "--threads" in done.err
+
+
+@pytest.mark.parametrize(("quiet", "shown"), [([], True), (["-q"], False), (["--json"], False)])
+def test_a_terminal_sees_a_bar_in_bytes(pair, tmp_path: Path, quiet: list[str], shown: bool) -> None:
+    pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+    import fcntl
+    import os
+    import struct
+    import sys
+    import termios
+
+    base, lora = pair
+    words = ["fuse", str(base), "-l", str(lora), "-o", str(tmp_path / "out.safetensors"), "--overwrite", *quiet]
+    own, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bake", *words], stderr=terminal, stdout=subprocess.DEVNULL, cwd=ROOT
+    )
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(own, 4096)
+        except OSError:  # how Linux says that the other side has closed
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(own)
+    assert process.wait() == 0
+    assert (b"fusing" in seen and b"B/s" in seen) is shown

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from models import SD1_MODULES, UNET, kohya_lora, llama, peft_lora, random_arrays
 from names import small
 from safetensors import safe_open
@@ -123,3 +124,18 @@ def test_an_existing_folder_is_replaced_as_a_whole(pipeline: Path, tmp_path: Pat
     assert not (out / "old.txt").exists()
     assert (out / "unet" / "config.json").exists()
     assert not drafts(tmp_path)
+
+
+def test_a_pickled_checkpoint_comes_out_as_safetensors(tmp_path: Path) -> None:
+    arrays = random_arrays(small("sd1"))
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    torch.save({"state_dict": state, "global_step": 840000}, tmp_path / "base.ckpt")
+    factors, deltas = kohya_lora(small("sd1"))
+    lora = save(tmp_path / "lora.safetensors", factors)
+    result = fuse(tmp_path / "base.ckpt", [lora], tmp_path / "out.safetensors", verify="full")
+    assert result.report is not None
+    assert result.report.untouched_identical
+    after = load(tmp_path / "out.safetensors")
+    for name, array in arrays.items():
+        exact = array + deltas[name] if name in deltas else array
+        assert np.mean(after[name] == (rounded(exact, np.float16) if name in deltas else array)) > 0.99
