@@ -36,7 +36,9 @@ def save(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
+    # ascontiguousarray alone would make vectors of scalars
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    save_file(contiguous, path, metadata)
     return path
 
 

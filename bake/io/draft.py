@@ -88,6 +88,7 @@ class Draft:
         self.place = place
         self.path = place.with_name(f".{place.name}{_SUFFIX}")
         self.is_folder = "" not in sizes
+        _restore(place)
         self.leftover = False  # a draft of a killed run was found and is being replaced
         self._owned = False
         self._lock = -1
@@ -242,6 +243,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _aside(place: Path) -> Path:
+    """Where the old folder waits while the new one takes its place, where that takes two steps."""
+    return place.with_name(f".{place.name}.bake-old")
+
+
+def _restore(place: Path) -> None:
+    """Put back what a run killed between the two steps of an exchange had set aside."""
+    aside = _aside(place)
+    if aside.exists() and not place.exists():
+        os.replace(aside, place)
+
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -253,7 +266,7 @@ def _exchange(new: Path, old: Path) -> None:
             return
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    aside = old.with_name(f".{old.name}.bake-old")
+    aside = _aside(old)
     os.replace(old, aside)
     try:
         os.replace(new, old)

@@ -18,6 +18,8 @@ from bake.plan.model import AdapterUse, Input, Plan
 from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
 from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_tied, refuse_unmatched
 
+_EMA = "model_ema."  # where training code keeps averaged weights
+
 
 @dataclass(frozen=True)
 class _Use:
@@ -162,5 +164,7 @@ def _notes(recipe: Recipe, checkpoint: Checkpoint, uses: Sequence[_Use], matchin
         if use.choice.path.suffix == ".pt" and companion.is_file() and companion != use.choice.path:
             yield f"{name}: {companion.name} lies beside it; give it with -l too to fuse the text encoder"
     yield from matching.notes
+    if any(name.startswith(_EMA) and math.prod(info.shape) > 1 for name, _, info in checkpoint.tensors()):
+        yield "the base carries a second, averaged copy of its weights (model_ema); it is copied without the adapters"
     if checkpoint.left_out:
         yield f"not copied from the base folder: {', '.join(checkpoint.left_out)}"

@@ -228,6 +228,14 @@ class TestFolders:
         assert (place / "unet" / "a.safetensors").read_bytes() == b"new"
         assert not drafts(tmp_path)
 
+    def test_a_run_killed_between_the_two_steps_is_undone_by_the_next(self, tmp_path: Path) -> None:
+        place = make_model(tmp_path / "out")
+        place.rename(tmp_path / ".out.bake-old")
+        with pytest.raises(RuntimeError), Draft(place, {"a": 1}):
+            raise RuntimeError
+        assert (place / "old.safetensors").read_bytes() == b"old"
+        assert not drafts(tmp_path)
+
     def test_a_new_folder_is_renamed_into_place(self, tmp_path: Path) -> None:
         with Draft(tmp_path / "out", {"a": 1}) as draft:
             assert not (tmp_path / "out").exists()

@@ -307,7 +307,15 @@ class TestLayouts:
         last = plan.side_files[-1]
         assert last.relative == "model.safetensors.index.json"
         assert json.loads(last.content or "")["metadata"]["total_size"] == plan.data_bytes
-        assert [file.is_recorded for file in plan.files] == [True, False] or sum(f.is_recorded for f in plan.files) == 1
+        assert sum(file.is_recorded for file in plan.files) == 1
+
+
+def test_averaged_weights_in_the_base_are_copied_and_mentioned(tmp_path: Path) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    assert not build_plan(base, [lora]).notes
+    ema = {"model_ema.diffusion_modelinput_blocks00weight": random(0, 4, 4, 3, 3).astype(np.float16)}
+    with_ema = save(tmp_path / "ema.safetensors", random_arrays(small("sd1")) | ema)
+    assert "model_ema" in build_plan(with_ema, [lora]).notes[0]
 
 
 class TestUnsupported:
