@@ -14,8 +14,19 @@ _SAMPLE = 4096
 
 
 def check_structure(file: FilePlan, output: TensorFile, report: Report) -> bool:
-    """Note every departure of `output` from what was planned; True if its tensors can be compared."""
+    """Note every departure of `output` from what was planned; True if its tensors can be compared.
+
+    The reference reader, the safetensors library, must open it too and see the same names.
+    """
+    from safetensors import SafetensorError, safe_open  # here, so that planning starts without it
+
     planned = {tensor.name: tensor for tensor in file.tensors}
+    try:
+        with safe_open(output.path, "np") as reference:
+            if set(reference.keys()) != output.tensors.keys():
+                report.add(f"{output.path}: the safetensors library sees other tensors in it")
+    except SafetensorError as error:
+        report.add(f"{output.path}: the safetensors library refuses it: {error}")
     for name in planned.keys() - output.tensors.keys():
         report.add(f"{output.path}: the tensor {name} is missing")
     for name in output.tensors.keys() - planned.keys():
