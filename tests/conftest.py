@@ -9,8 +9,13 @@ from pathlib import Path
 
 import layouts
 import pytest
+from hypothesis import settings
 from models import write_random
 from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE
+
+# The same examples in every run: a red build is somebody's change, never the dice. No deadline: machines are shared.
+settings.register_profile("bake", deadline=None, derandomize=True)
+settings.load_profile("bake")
 
 _BIG_FREE_BYTES = 30 * 10**9
 
