@@ -6,7 +6,6 @@ This is the one reader that needs torch. Storages of zip-format files are mapped
 from __future__ import annotations
 
 import bisect
-import os
 import pickle
 import re
 import warnings
@@ -116,11 +115,10 @@ def _check_zip(path: Path, size: int) -> None:
     """torch stores its records uncompressed; anything that would grow on reading is refused."""
     try:
         with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
+            unpacked = sum(record.file_size for record in archive.infolist())
     except (zipfile.BadZipFile, OSError) as error:
         raise InputError(f"{path}: a damaged zip file: {error}", path=str(path)) from None
-    unpacked = sum(record.file_size for record in records)
-    if unpacked > os.stat(path).st_size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+    if unpacked > size:
         raise PickleRefused(
             f"{path}: refused: its records unpack to {unpacked} bytes from a file of {size}; "
             f"PyTorch stores them uncompressed.",
