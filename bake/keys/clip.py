@@ -48,17 +48,17 @@ def openclip_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Sha
         if module in _OUTSIDE:
             found[_OUTSIDE[module]] = parameters
         elif module == "text_projection":  # a bare parameter, stored (in, out)
-            found[module] = {"weight": parameters["weight"]._replace(transposed=True)}
+            found[module] = {"weight": (parameters["weight"][0]._replace(transposed=True),)}
         elif block is not None:
             layer = f"encoder.layers.{block[1]}"
             head, _, fused = block[2].rpartition(".")
             if fused in _FUSED and head == "attn":
-                place = parameters["weight"]
+                (place,) = parameters["weight"]
                 third = shapes[place.tensor][0] // 3
                 for position, projection in enumerate(("q_proj", "k_proj", "v_proj")):
                     rows = (position * third, (position + 1) * third)
                     target = found.setdefault(f"{layer}.self_attn.{projection}", {})
-                    target[_FUSED[fused]] = Place(place.tensor, rows)
+                    target[_FUSED[fused]] = (Place(place.tensor, rows),)
             elif block[2] in _RESBLOCK:
                 found[f"{layer}.{_RESBLOCK[block[2]]}"] = parameters
     found.update(_with_and_without_level(found))

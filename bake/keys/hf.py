@@ -49,6 +49,6 @@ def stores_in_out(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]
     """
     for path, parameters in modules.items():
         if path.endswith("attn.c_attn") and "weight" in parameters:
-            shape = shapes[parameters["weight"].tensor]
+            shape = shapes[parameters["weight"][0].tensor]
             return len(shape) == 2 and shape[1] > shape[0]
     return False

@@ -51,7 +51,7 @@ class ModuleIndex:
             own: dict[str, Parameters] = {}
             for name in names:
                 module, parameter = split_parameter(name[len(component.prefix) :])
-                own.setdefault(module, {})[parameter] = Place(name)
+                own.setdefault(module, {})[parameter] = (Place(name),)
             self.spellings[component.name] = own | NAMINGS[component.naming](own, shapes)
         self._flat: dict[str, dict[str, str]] = {}
 

@@ -1,4 +1,4 @@
-"""Where an update lands: a tensor of the base, or some of its rows."""
+"""Where an update lands: a tensor of the base, or some of its rows or columns."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """The part of a base tensor that one parameter of a module is."""
+    """One tensor, or a part of one, that a parameter of a module is."""
 
     tensor: str  # full name in the base
     rows: tuple[int, int] | None = None  # [first, past the last) row of a fused tensor; None: all
     transposed: bool = False  # the base stores (in, out)
+    part: tuple[int, int] | None = None  # the rows of the update that go here; None: all of them
 
 
-Parameters = dict[str, Place]  # "weight" and "bias" of one module
+# "weight" and "bias" of one module. Usually one place each; several where the adapter's module is
+# spread over tensors of the base (fused q, k, v), or lies in it in another order (swapped halves).
+Parameters = dict[str, tuple[Place, ...]]
 
 
 def split_parameter(name: str) -> tuple[str, str]:

@@ -215,7 +215,7 @@ class AdapterMatcher:
                 self.into.unmatched.append(Unmatched(module.name, self.name, reason, None))
                 return
         for update in module.updates:
-            place = found.parameters[update.parameter]
+            (place,) = found.parameters[update.parameter]
             try:
                 region = self._region(update, place, found)
             except _Misfit as misfit:

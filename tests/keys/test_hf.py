@@ -36,9 +36,9 @@ def test_nothing_drifts_from_nothing() -> None:
 
 @pytest.mark.parametrize(("shape", "expected"), [((4, 12), True), ((12, 4), False)])
 def test_the_fused_projection_tells_which_way_weights_are_stored(shape: tuple[int, int], expected: bool) -> None:
-    modules = {"h.0.attn.c_attn": {"weight": Place("w")}}
+    modules = {"h.0.attn.c_attn": {"weight": (Place("w"),)}}
     assert stores_in_out(modules, {"w": shape}) is expected
 
 
 def test_a_model_without_that_projection_stores_out_in() -> None:
-    assert not stores_in_out({"q_proj": {"weight": Place("w")}}, {"w": (4, 12)})
+    assert not stores_in_out({"q_proj": {"weight": (Place("w"),)}}, {"w": (4, 12)})

@@ -104,7 +104,7 @@ def test_a_pruned_model_with_fewer_blocks_follows_the_same_rules() -> None:
 
 
 def test_aliases_of_attention_include_the_old_processor_names() -> None:
-    own = {module: {"weight": Place(module)} for module in modules(small("sd1"), PREFIX)}
+    own = {module: {"weight": (Place(module),)} for module in modules(small("sd1"), PREFIX)}
     found = unet.aliases(own, {})
     attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     target = own["input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"]
