@@ -1,20 +1,76 @@
-"""The maths of each algorithm: factors in, update out. One file per algorithm, one line here.
+"""The maths of each algorithm: factors in, update or new weight out. One file per algorithm, one line here.
 
-Keys are the names of the rows of `bake.keys.factors.ALGORITHMS` that have a shape; a contract test
-holds the two tables together.
+Keys are the names of the rows of `bake.keys.factors.ALGORITHMS`; each is in exactly one of the four
+tables, and a contract test holds them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 from torch import Tensor
 
-from bake.adapters import full, lora
+from bake.adapters import (
+    adalora,
+    boft,
+    boft_peft,
+    full,
+    glora,
+    hra,
+    ia3,
+    ia3_peft,
+    loha,
+    lokr,
+    lora,
+    oft,
+    oft_diag,
+    oft_peft,
+    replace,
+    sparse_bias,
+    vera,
+)
 
-# name -> delta(factors..., scale): the update as a matrix, in the dtype of the factors
-DELTAS: dict[str, Callable[..., Tensor]] = {"lora": lora.delta, "full": full.delta}
 
-# name -> low_rank(factors..., scale): the same update as two matrices, left @ right. Updates given so
-# are summed by concatenation: many LoRAs on one tensor cost one product.
-LOW_RANK: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"lora": lora.low_rank}
+class Transform(Protocol):
+    """An algorithm that makes a new weight out of the old one, prepared for one tensor."""
+
+    block: int | None  # rows are transformed in multiples of this many; None: all at once
+
+    def apply(self, weight: Tensor, rows: range) -> Tensor:
+        """The new values of these rows of the weight, seen as a matrix (out, in * kernel)."""
+
+
+# low_rank(factors..., scale): the update as two matrices, left @ right. Updates given so are summed by
+# concatenation: many LoRAs on one tensor cost one product.
+LOW_RANK: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "lora": lora.low_rank,
+    "adalora": adalora.low_rank,
+    "vera": vera.low_rank,
+}
+
+# delta(factors..., rows, scale): some rows of the update.
+DELTAS: dict[str, Callable[..., Tensor]] = {"loha": loha.delta, "lokr": lokr.delta, "sparse": sparse_bias.delta}
+
+# updated(old, stored, scale): new rows from the old ones and the same rows of one stored tensor.
+STORED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"full": full.updated, "set": replace.updated}
+
+# Transform(factors..., shape, strength).
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    "glora": glora.Transform,
+    "ia3": ia3.Transform,
+    "ia3-peft": ia3_peft.Transform,
+    "oft": oft.Transform,
+    "oft-diag": oft_diag.Transform,
+    "oft-peft": oft_peft.Transform,
+    "boft": boft.Transform,
+    "boft-peft": boft_peft.Transform,
+    "hra": hra.Transform,
+}
+
+
+def is_plain(algorithm: str, factors: Collection[str]) -> bool:
+    """True for updates that are summed in float32 with a known bound on its error: products of thin
+    matrices and stored differences, without a DoRA magnitude around them. Everything else is float64.
+    """
+    return (algorithm in LOW_RANK or STORED.get(algorithm) is full.updated) and "magnitude" not in factors

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def delta(diff: Tensor, *, scale: float) -> Tensor:
-    """Return `scale * diff` as a matrix: (rows, everything else), a vector as one column.
+def updated(old: Tensor, diff: Tensor, scale: float) -> Tensor:
+    """Return `old + scale * diff`, for any rows of the two as matrices.
 
-    scale: the user's weight; a stored difference knows no alpha. In the dtype of `diff`.
+    scale: the user's weight; a stored difference knows no alpha. In the dtype of `old`.
     Source: LyCORIS modules/full.py and modules/norms.py, ComfyUI comfy/lora.py.
     """
-    return diff.reshape(diff.shape[0] if diff.dim() else 1, -1) * scale
+    return old + scale * diff

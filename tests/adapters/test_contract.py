@@ -1,77 +1,254 @@
-"""What every algorithm must keep: the names of its factors, its shape, zero at weight zero, rows alone."""
+"""What every algorithm must keep: one table each, factors by name, zero at weight zero, rows alone."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import Tensor
 
-from bake.adapters import DELTAS, LOW_RANK
-from bake.keys.factors import ALGORITHMS, supported
+from bake.adapters import DELTAS, LOW_RANK, STORED, TRANSFORMS
+from bake.adapters.chain import Chain
+from bake.keys.factors import ALGORITHMS, SCALARS, Decomposition, algorithm_of, as_matrix
 
-ROWS = [row for row in ALGORITHMS if row.shape is not None]
+ROWS = [row for row in ALGORITHMS if row.extent is not None]
+TABLES = (LOW_RANK, DELTAS, STORED, TRANSFORMS)
 
-# Factors of one small module for each algorithm, in every form it has.
-EXAMPLES = {
+# (shape of the weight, factors, further settings) of small modules: every algorithm in every form it has.
+EXAMPLES: dict[str, list[tuple[tuple[int, ...], dict[str, tuple[int, ...]], dict[str, float]]]] = {
     "lora": [
-        {"up": (6, 2), "down": (2, 5)},
-        {"up": (6, 2, 1, 1), "down": (2, 5, 3, 3)},
-        {"up": (6, 2, 1, 1), "down": (3, 5, 1, 1), "mid": (2, 3, 3, 3)},
-        {"up": (6, 0), "down": (0, 5)},
+        ((6, 5), {"up": (6, 2), "down": (2, 5)}, {}),
+        ((6, 5, 3, 3), {"up": (6, 2, 1, 1), "down": (2, 5, 3, 3)}, {}),
+        ((6, 5, 3, 3), {"up": (6, 2, 1, 1), "down": (3, 5, 1, 1), "mid": (2, 3, 3, 3)}, {}),
+        ((6, 5), {"up": (6, 0), "down": (0, 5)}, {}),
     ],
-    "full": [{"diff": (6, 5)}, {"diff": (6, 5, 3, 3)}, {"diff": (6,)}, {"diff": ()}],
+    "adalora": [((6, 5), {"up": (6, 2), "down": (2, 5), "lora_e": (2, 1)}, {})],
+    "vera": [
+        ((6, 5), {"vera_lambda_b": (6,), "vera_lambda_d": (2,), "vera_a": (2, 7), "vera_b": (9, 2)}, {"in_features": 5})
+    ],
+    "full": [((6, 5), {"diff": (6, 5)}, {}), ((6, 5, 3, 3), {"diff": (6, 5, 3, 3)}, {}), ((6,), {"diff": (6,)}, {})],
+    "set": [((6, 5), {"value": (6, 5)}, {}), ((6,), {"value": (6,)}, {})],
+    "loha": [
+        ((6, 5), {"w1_a": (6, 2), "w1_b": (2, 5), "w2_a": (6, 3), "w2_b": (3, 5)}, {}),
+        (
+            (6, 5, 3, 3),
+            {"w1_a": (2, 6), "w1_b": (2, 5), "t1": (2, 2, 3, 3), "w2_a": (2, 6), "w2_b": (2, 5), "t2": (2, 2, 3, 3)},
+            {},
+        ),
+    ],
+    "lokr": [
+        ((6, 6), {"kron_w1": (2, 3), "kron_w2": (3, 2)}, {}),
+        ((6, 6), {"kron_w1_a": (2, 1), "kron_w1_b": (1, 3), "kron_w2_a": (3, 2), "kron_w2_b": (2, 2)}, {}),
+        ((6, 6, 3, 3), {"kron_w1": (2, 3), "kron_w2": (3, 2, 3, 3)}, {}),
+        (
+            (6, 6, 3, 3),
+            {"kron_w1": (2, 3), "kron_w2_a": (2, 3), "kron_w2_b": (2, 2), "kron_t2": (2, 2, 3, 3)},
+            {},
+        ),
+    ],
+    "sparse": [],  # its positions are values: tests/adapters/test_sparse_bias.py
+    "glora": [((6, 5), {"a1": (5, 2), "a2": (2, 5), "b1": (6, 2), "b2": (2, 5)}, {"scale": 0.5})],
+    "ia3": [((6, 5), {"ia3_weight": (6,), "on_input": ()}, {})],
+    "ia3-peft": [((6, 5), {"ia3_l": (6, 1)}, {}), ((6, 5), {"ia3_l": (1, 5)}, {})],
+    "oft": [((6, 5), {"oft_blocks": (3, 2, 2)}, {}), ((6, 5), {"oft_blocks": (2, 3, 3), "rescale": (6, 1)}, {})],
+    "boft": [((8, 5), {"oft_blocks": (2, 4, 2, 2)}, {})],
+    "oft-diag": [((6, 5), {"oft_diag": (3, 2, 2)}, {})],
+    "oft-peft": [((6, 4), {"oft_r": (2, 1)}, {}), ((6, 9), {"oft_r": (1, 3)}, {})],
+    "boft-peft": [((6, 8), {"boft_r": (2, 4, 2, 2), "boft_s": (6, 1)}, {})],
+    "hra": [((6, 5), {"hra_u": (5, 2)}, {})],
 }
-CASES = [(name, shapes) for name, forms in EXAMPLES.items() for shapes in forms]
+CASES = [(name, *example) for name, examples in EXAMPLES.items() for example in examples]
+ADDITIVE = [case for case in CASES if case[0] in LOW_RANK or case[0] in DELTAS or case[0] == "full"]
 
 
-def factors(shapes, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+@dataclass(frozen=True)
+class SmallTerm:
+    """A term of a chain, on a whole tensor unless said otherwise."""
+
+    algorithm: str
+    factors: Mapping[str, object]
+    weight: float
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    part: tuple[int, int]
+    height: int
+    scale: float = 1.0
+    transposed: bool = False
+    dora: Decomposition | None = None
+    settings: Mapping[str, float | None] = field(default_factory=dict)
+    rank_limit: int | None = None
 
 
-def test_the_two_tables_hold_the_same_algorithms() -> None:
-    assert {row.name for row in ROWS} == set(DELTAS) == set(EXAMPLES)
-    assert set(LOW_RANK) <= set(DELTAS)
+class Held:
+    """Factors that are already tensors."""
+
+    def whole(self, term: SmallTerm, name: str) -> Tensor:
+        return term.factors[name]
+
+    def rows(self, term: SmallTerm, name: str, rows: range) -> Tensor:
+        stored = term.factors[name]
+        return stored.reshape(stored.shape[0], -1)[rows.start : rows.stop]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_algorithm_can_be_done_in_bounded_memory(row) -> None:
-    """As two thin matrices, or row by row."""
-    assert (row.name in LOW_RANK) != row.by_rows
+def random(shape, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def factors(shapes) -> dict[str, Tensor]:
+    held = {name: random(shape, place) / 2 for place, (name, shape) in enumerate(shapes.items())}
+    return {name: torch.zeros(()) if name == "on_input" else value for name, value in held.items()}
+
+
+def term(name: str, shape, shapes, settings, weight: float = 1.0, **changes) -> SmallTerm:
+    height, width = as_matrix(shape)
+    whole = {"rows": (0, height), "columns": (0, width), "part": (0, height), "height": height}
+    return SmallTerm(name, factors(shapes), weight, settings=settings, **{**whole, **changes})
+
+
+def run(shape, terms, rows: range | None = None) -> tuple[Tensor, Tensor]:
+    """(weight before, after) of these rows."""
+    weight = random(as_matrix(shape), 99)
+    wanted = rows if rows is not None else range(weight.shape[0])
+    after = Chain(shape, terms, Held()).rows(wanted, lambda part: weight[part.start : part.stop])
+    return weight[wanted.start : wanted.stop], after
+
+
+def test_every_algorithm_is_in_one_table_and_has_an_example() -> None:
+    named = [name for table in TABLES for name in table]
+    assert sorted(named) == sorted({row.name for row in ROWS}) == sorted(EXAMPLES)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join((row.name, *row.required)))
 def test_the_parameters_of_the_maths_are_the_factors_of_the_row(row) -> None:
-    for function in (DELTAS[row.name], LOW_RANK.get(row.name)):
-        if function is not None:
-            names = list(inspect.signature(function).parameters)
-            assert names == [*row.factors, "scale"]
-            assert "Source" in (inspect.getdoc(function) or "") or "arXiv" in (
-                inspect.getmodule(function).__doc__ or ""
-            )
+    if row.name in STORED:
+        return
+    function = next(table[row.name] for table in TABLES if row.name in table)
+    taken = set(inspect.signature(function).parameters)
+    assert set(row.factors) - {"magnitude"} - set(SCALARS) <= taken
+    text = (inspect.getdoc(function) or "") + (inspect.getmodule(function).__doc__ or "")
+    assert "Source" in text or "arXiv" in text or "Source" in (function.__init__.__doc__ or "")
 
 
-@pytest.mark.parametrize(("name", "shapes"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_update_has_the_planned_shape_and_the_dtype_of_its_factors(name, shapes, dtype) -> None:
-    update = DELTAS[name](**factors(shapes, dtype), scale=0.7)
-    assert tuple(update.shape) == supported(name).shape(shapes)
-    assert update.dtype == dtype
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), CASES)
+def test_the_factors_name_the_algorithm_and_the_tensor_it_fits(name, shape, shapes, settings) -> None:
+    row = algorithm_of(shapes)
+    assert row.name == name
+    for said, there in zip(row.extent(shapes), as_matrix(shape), strict=True):
+        assert said is None or said == there
 
 
-@pytest.mark.parametrize(("name", "shapes"), CASES)
-def test_weight_zero_changes_nothing_and_weights_add_up(name, shapes) -> None:
-    inputs = factors(shapes)
-    assert not DELTAS[name](**inputs, scale=0.0).any()
-    one, three = DELTAS[name](**inputs, scale=1.0), DELTAS[name](**inputs, scale=3.0)
-    torch.testing.assert_close(three, 3 * one)
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), CASES)
+def test_weight_zero_changes_nothing_and_weight_one_something(name, shape, shapes, settings) -> None:
+    before, after = run(shape, [term(name, shape, shapes, settings, 0.0)])
+    assert torch.equal(before, after)
+    before, after = run(shape, [term(name, shape, shapes, settings, 1.0)])
+    assert torch.isfinite(after).all()
+    assert 0 in {size for sizes in shapes.values() for size in sizes} or not torch.equal(before, after)
 
 
-@pytest.mark.parametrize(("name", "shapes"), [case for case in CASES if case[0] in LOW_RANK])
-def test_two_thin_matrices_give_the_same_update_and_its_rows_alone(name, shapes) -> None:
-    inputs = factors(shapes)
-    left, right = LOW_RANK[name](**inputs, scale=-1.3)
-    whole = DELTAS[name](**inputs, scale=-1.3)
-    torch.testing.assert_close(left @ right, whole)
-    torch.testing.assert_close(left[2:4] @ right, whole[2:4])
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), ADDITIVE)
+def test_additive_updates_add_up(name, shape, shapes, settings) -> None:
+    before, one = run(shape, [term(name, shape, shapes, settings)])
+    _, three = run(shape, [term(name, shape, shapes, settings, 3.0)])
+    torch.testing.assert_close(three - before, 3 * (one - before))
+
+
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), CASES)
+def test_every_row_alone_is_the_row_of_the_whole(name, shape, shapes, settings) -> None:
+    terms = [term(name, shape, shapes, settings, 0.7), term("full", shape, {"diff": shape}, {}, -0.5)]
+    _, whole = run(shape, terms)
+    for row in range(whole.shape[0]):
+        _, alone = run(shape, terms, range(row, row + 1))
+        torch.testing.assert_close(alone, whole[row : row + 1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), [case for case in CASES if len(case[1]) == 2])
+def test_a_transposed_target_gets_the_transposed_update(name, shape, shapes, settings) -> None:
+    weight = random(shape, 99)
+    straight = Chain(shape, [term(name, shape, shapes, settings, 0.7)], Held())
+    expected = straight.rows(range(shape[0]), lambda rows: weight[rows.start : rows.stop])
+    turned = term(*(name, shape, shapes, settings, 0.7), transposed=True, rows=(0, shape[1]), columns=(0, shape[0]))
+    chain = Chain(shape[::-1], [turned], Held())
+    found = chain.rows(range(shape[1]), lambda rows: weight.T[rows.start : rows.stop])
+    torch.testing.assert_close(found.T, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), [case for case in CASES if len(case[1]) == 2])
+def test_rows_of_a_fused_tensor_are_changed_like_a_tensor_of_their_own(name, shape, shapes, settings) -> None:
+    height, width = shape
+    weight = random((height + 7, width + 3), 98)
+    own = weight[4 : 4 + height, :width]
+    straight = Chain(shape, [term(name, shape, shapes, settings, 0.7)], Held())
+    expected = straight.rows(range(height), lambda rows: own[rows.start : rows.stop])
+    inside = term(name, shape, shapes, settings, 0.7, rows=(4, 4 + height))
+    chain = Chain(tuple(weight.shape), [inside], Held())
+    found = chain.rows(range(height + 7), lambda rows: weight[rows.start : rows.stop])
+    torch.testing.assert_close(found[4 : 4 + height, :width], expected, rtol=1e-12, atol=1e-12)
+    found[4 : 4 + height, :width] = own
+    assert torch.equal(found, weight)
+
+
+BY_ROWS = [
+    case for case in CASES if len(case[1]) == 2 and case[1][0] == 6 and algorithm_of(case[2]).block(case[2]) in (1, 3)
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), BY_ROWS)
+def test_the_halves_of_an_update_can_go_to_different_places(name, shape, shapes, settings) -> None:
+    """A fused module over split tensors, or swapped halves of one."""
+    weight = random(shape, 99)
+    straight = Chain(shape, [term(name, shape, shapes, settings, 0.7)], Held())
+    expected = straight.rows(range(6), lambda rows: weight[rows.start : rows.stop])
+    swapped = torch.cat([weight[3:], weight[:3]])
+    parts = [
+        term(name, shape, shapes, settings, 0.7, rows=(0, 3), part=(3, 6)),
+        term(name, shape, shapes, settings, 0.7, rows=(3, 6), part=(0, 3)),
+    ]
+    found = Chain(shape, parts, Held()).rows(range(6), lambda rows: swapped[rows.start : rows.stop])
+    torch.testing.assert_close(torch.cat([found[3:], found[:3]]), expected, rtol=1e-12, atol=1e-12)
+
+
+DECOMPOSED = [case for case in ADDITIVE if case[0] in ("lora", "loha", "lokr") and 0 not in case[2].get("up", (1,))]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("strength", [0.0, 0.7, 1.0, -0.5])
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), DECOMPOSED)
+def test_dora_goes_around_every_additive_update(name, shape, shapes, settings, strength, axis) -> None:
+    magnitude = random((shape[axis],), 7).abs() + 0.5
+    plain = term(name, shape, shapes, settings)
+    before, updated = run(shape, [plain])
+    values = updated.reshape(shape)
+    others = tuple(number for number in range(len(shape)) if number != axis)
+    norms = values.square().sum(others, keepdim=True).sqrt()
+    sized = magnitude.reshape([-1 if number == axis else 1 for number in range(len(shape))])
+    new = (values * sized / (norms + 2.0**-23)).reshape(before.shape)
+    expected = before + strength * (new - before)
+    wrapped = SmallTerm(
+        name,
+        {**plain.factors, "magnitude": magnitude},
+        strength,
+        *(plain.rows, plain.columns, plain.part, plain.height),
+        dora=Decomposition(axis, 2.0**-23),
+        settings=settings,
+    )
+    _, found = run(shape, [wrapped])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for row in range(shape[0]):
+        _, alone = run(shape, [wrapped], range(row, row + 1))
+        torch.testing.assert_close(alone, expected[row : row + 1], rtol=1e-12, atol=1e-12)
+
+
+def test_terms_are_applied_in_order_each_to_what_the_one_before_made() -> None:
+    shape = (6, 5)
+    rotation = ("oft", shape, {"oft_blocks": (3, 2, 2)}, {})
+    diff = ("full", shape, {"diff": shape}, {})
+    _, first = run(shape, [term(*diff)])
+    rotated_sum = Chain(shape, [term(*rotation)], Held()).rows(range(6), lambda rows: first[rows.start : rows.stop])
+    _, both = run(shape, [term(*diff), term(*rotation)])
+    _, other = run(shape, [term(*rotation), term(*diff)])
+    torch.testing.assert_close(both, rotated_sum, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(both, other)
