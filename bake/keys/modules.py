@@ -4,21 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from bake.keys import clip, unet
+from bake.keys import cascade, clip, hf, t5, tables, unet
+from bake.keys.auraflow import AURAFLOW
 from bake.keys.dialects import Address, flatten
-from bake.keys.places import Parameters, Place, split_parameter
+from bake.keys.flux import FLUX, FLUX2
+from bake.keys.hunyuan import HUNYUAN
+from bake.keys.ltx import LTX_VIDEO
+from bake.keys.lumina import LUMINA2, Z_IMAGE
+from bake.keys.mochi import MOCHI
+from bake.keys.pixart import PIXART, SANA
+from bake.keys.places import SCALE, Parameters, Place, split_parameter
+from bake.keys.qwen import QWEN_IMAGE
+from bake.keys.sd3 import SD3
+from bake.keys.wan import WAN
 
 Shape = tuple[int, ...]
 Aliases = Callable[[Mapping[str, Parameters], Mapping[str, Shape]], dict[str, Parameters]]
+
+# Families whose two layouts are the two sides of one table.
+TABLES: dict[str, tables.Table] = {
+    "sd3": SD3,
+    "flux": FLUX,
+    "chroma": FLUX,
+    "flux2": FLUX2,
+    "auraflow": AURAFLOW,
+    "pixart": PIXART,
+    "sana": SANA,
+    "lumina2": LUMINA2,
+    "z-image": Z_IMAGE,
+    "hunyuan-video": HUNYUAN,
+    "wan": WAN,
+    "qwen-image": QWEN_IMAGE,
+    "ltxv": LTX_VIDEO,
+    "mochi": MOCHI,
+}
 
 # How a component's tensors are named -> the function that knows the other spellings of its modules.
 NAMINGS: dict[str, Aliases] = {
     "ldm unet": unet.aliases,
     "diffusers unet": unet.aliases,
+    "stable-cascade": cascade.cascade_aliases,
+    **{family: partial(tables.aliases, table) for family, table in TABLES.items()},
     "hf clip": clip.hf_aliases,
     "openclip": clip.openclip_aliases,
+    "t5": t5.aliases,
+    "language model": hf.encoder_aliases,
+    "hf": hf.aliases,
     "plain": lambda modules, shapes: {},
 }
 
@@ -27,9 +61,14 @@ NAMINGS: dict[str, Aliases] = {
 class Component:
     """One model inside a base."""
 
-    name: str  # "unet", "te1", "te2", "te3", "vae", "model"
+    name: str  # "unet", "transformer", "te1", "te2", "te3", "vae", "model"
     prefix: str  # what its tensor names begin with
     naming: str  # key of NAMINGS
+    also: tuple[str, ...] = ()  # further names it answers to, where no component of the base has them
+
+    def answers(self, names: tuple[str, ...]) -> bool:
+        """True if an address for one of `names` may mean this component."""
+        return self.name in names or any(name in names for name in self.also)
 
 
 class Found(NamedTuple):
@@ -51,6 +90,8 @@ class ModuleIndex:
             own: dict[str, Parameters] = {}
             for name in names:
                 module, parameter = split_parameter(name[len(component.prefix) :])
+                if name.endswith(SCALE) and f"{component.prefix}{module}.weight" in shapes:
+                    module = name[len(component.prefix) :]  # a scale beside a weight is another thing
                 own.setdefault(module, {})[parameter] = (Place(name),)
             self.spellings[component.name] = own | NAMINGS[component.naming](own, shapes)
         self._flat: dict[str, dict[str, str]] = {}
@@ -82,7 +123,7 @@ class ModuleIndex:
     def names(self, address: Address) -> Iterator[str]:
         """The components of this base in which `address` looks."""
         for component in self.components:
-            if not address.components or component.name in address.components:
+            if not address.components or component.answers(address.components):
                 yield component.name
 
     def _find_by_full_name(self, path: str) -> Found | None:

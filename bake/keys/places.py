@@ -11,7 +11,9 @@ class Place(NamedTuple):
     tensor: str  # full name in the base
     rows: tuple[int, int] | None = None  # [first, past the last) row of a fused tensor; None: all
     transposed: bool = False  # the base stores (in, out)
-    part: tuple[int, int] | None = None  # the rows of the update that go here; None: all of them
+    # the rows of the update that go here, in the base's orientation and counted through a stack; None: all of them
+    part: tuple[int, int] | None = None
+    stacked: bool = False  # the tensor is a stack of matrices [E, height, width]; rows count through the stack
 
 
 # "weight" and "bias" of one module. Usually one place each; several where the adapter's module is
@@ -19,9 +21,12 @@ class Place(NamedTuple):
 Parameters = dict[str, tuple[Place, ...]]
 
 
+SCALE = ".scale"  # what original layouts call the only parameter of an RMSNorm; everyone else: weight
+
+
 def split_parameter(name: str) -> tuple[str, str]:
     """(module path, parameter) of a tensor name; a bare parameter is a module with only a weight."""
     for parameter in ("weight", "bias"):
         if name.endswith("." + parameter):
             return name[: -len(parameter) - 1], parameter
-    return name, "weight"
+    return name.removesuffix(SCALE), "weight"
