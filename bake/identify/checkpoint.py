@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from bake.errors import UsageError
 from bake.identify.fingerprints import families_by_names
+from bake.identify.signs import find_sign, variant_of
 from bake.io.checkpoint import Checkpoint
-from bake.keys.modules import Component
+from bake.keys.modules import TABLES, Component
 from bake.keys.places import split_parameter
 
 Shape = tuple[int, ...]
@@ -18,23 +20,33 @@ _LDM_UNET = "input_blocks.0.0.weight"
 _DIFFUSERS_UNET = "down_blocks.0.resnets.0.conv1.weight"
 _HF_CLIP = "embeddings.token_embedding.weight"
 _OPENCLIP = "transformer.resblocks.0.attn.in_proj_weight"
+_T5 = "encoder.block.0.layer.0.SelfAttention.q.weight"
+_T5_DECODER = "decoder.block.0.layer.0.SelfAttention.q.weight"
 _VAES = ("encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight")
 
-# Where single files keep their components. A text encoder's slot (te1, te2) follows from its depth.
+# Where single files keep their components. Where the prefix does not tell the slot of a text encoder, its depth does.
 #   prefix                                  what it holds     seen in
 _PREFIXES = (
-    ("model.diffusion_model.", "unet"),  #                    all original-layout files
+    ("model.diffusion_model.", "model"),  #                   all original-layout files
+    ("diffusion_model.", "model"),
+    ("net.", "model"),  #                                     NVIDIA's originals
     ("cond_stage_model.transformer.", "te"),  #               SD1
     ("cond_stage_model.model.", "te"),  #                     SD2
     ("conditioner.embedders.0.transformer.", "te"),  #        SDXL
     ("conditioner.embedders.0.model.", "te"),  #              SDXL refiner
     ("conditioner.embedders.1.model.", "te"),  #              SDXL
     ("first_stage_model.", "vae"),
-    ("unet.", "unet"),
-    ("", "unet"),
+    ("vae.", "vae"),  #                                       ComfyUI, since SD3
+    ("unet.", "model"),
+    ("transformer.", "model"),
+    ("", "model"),
     ("", "te"),
     ("", "vae"),
 )
+# SD3 and everything after it; the name in the middle is the encoder's.
+_TEXT_ENCODERS = re.compile(r"text_encoders\.(\w+)\.transformer\.")
+_SLOTS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}
+
 _DIFFUSERS_FOLDERS = {
     "unet": "unet",
     "transformer": "transformer",
@@ -43,9 +55,23 @@ _DIFFUSERS_FOLDERS = {
     "text_encoder_3": "te3",
     "vae": "vae",
 }
+_UNETS = {"ldm unet", "diffusers unet"}
+_DIFFUSION_MODELS = {*_UNETS, "stable-cascade", *TABLES}
+
+# Adapters number a T5 as their trainer does: Flux's is the second text encoder for diffusers and the third for
+# kohya, and where it is the only one, it is the first. (family, naming) -> names it answers to, if they are free.
+_ANSWERS = {
+    ("sd3", "t5"): ("te3",),
+    ("flux", "t5"): ("te2", "te3"),
+    ("sdxl-refiner", "hf clip"): ("te1", "te2"),  # its only text encoder is SDXL's second
+    ("sdxl-refiner", "openclip"): ("te1", "te2"),
+    ("stable-cascade", "hf clip"): ("te1", "te2"),  # its only text encoder is a CLIP-G
+    ("stable-cascade", "stable-cascade"): ("unet",),  # stage B, where stage C is not there
+}
+_ANY_T5 = ("te1", "te2", "te3")
 _CLIP_LAYER = re.compile(r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 _BIGG_DEPTH = 32  # layers of OpenCLIP bigG, the second text encoder of SDXL; CLIP-L has 12, OpenCLIP H 23 or 24
-_VARIANTS = {9: "inpainting", 8: "instruct-pix2pix"}  # by input channels of the first convolution
+_VARIANTS = {9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}  # by input channels of the first convolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +81,7 @@ class BaseIdentity:
     family: str  # key of FAMILIES, a language model's model_type, or "unknown"
     layout: str  # "original", "diffusers", "huggingface" or "plain"
     components: tuple[Component, ...]
-    variant: str | None = None  # "inpainting", "instruct-pix2pix"
+    variant: str | None = None  # "inpainting", "instruct-pix2pix", "schnell", "3.5-medium", ...
     language_model: bool = False
     evidence: tuple[str, ...] = ()  # the names that convinced
 
@@ -67,49 +93,92 @@ def identify_checkpoint(checkpoint: Checkpoint) -> BaseIdentity:
         inside = groups.setdefault(part.group, {})
         inside.update((name, info.shape) for name, info in part.file.tensors.items())
     components: list[Component] = []
+    unrecognised: list[str] = []
     for group, shapes in groups.items():
-        folder = group.rstrip("/")
         found = (
-            _component_of_folder(folder, shapes)
+            [_component_of_folder(group.rstrip("/"), shapes)]
             if checkpoint.packaging == "diffusers"
             else _components_of_file(group, shapes)
         )
+        if checkpoint.packaging == "stack" and [component.naming for component in found] == ["hf"]:
+            unrecognised.append(group)
+            continue
         for component in found:
             if any(other.name == component.name for other in components):
                 raise UsageError(f"{checkpoint.root}: two files hold a {component.name}; name only one of them")
             components.append(component)
-    return _identify(checkpoint, tuple(components), groups)
+    for group in unrecognised:
+        components.append(_language_model(group, groups[group], components))
+    identity = _identify(checkpoint, tuple(components), groups)
+    return replace(identity, components=tuple(_with_answers(identity.family, components)))
 
 
-def _component_of_folder(folder: str, shapes: Mapping[str, Shape]) -> list[Component]:
+def _component_of_folder(folder: str, shapes: Mapping[str, Shape]) -> Component:
     name = _DIFFUSERS_FOLDERS.get(folder, folder)
-    naming = {"unet": "diffusers unet", "te": _clip_naming(shapes) or "plain"}.get(name.rstrip("0123456789"), "plain")
-    return [Component(name, folder + "/", naming)]
+    naming = _text_encoder_naming(shapes) if name in _ANY_T5 else _model_naming(shapes)
+    if naming == "stable-cascade" and folder == "prior":
+        name = "unet"  # stage C, which adapters are made for
+    if naming is None:
+        naming = "diffusers unet" if name == "unet" else "language model" if name in _ANY_T5 else "plain"
+    return Component(name, folder + "/", naming)
 
 
 def _components_of_file(group: str, shapes: Mapping[str, Shape]) -> list[Component]:
     """The components of one file or one sharded set; a single "model" where none is recognised."""
     found: list[Component] = []
-    for prefix, kind in _PREFIXES:
-        if not prefix and found:
-            break
+    encoders = dict.fromkeys(match[0] for match in map(_TEXT_ENCODERS.match, shapes) if match is not None)
+    for prefix, kind in (*((encoder, "te") for encoder in encoders), *_PREFIXES):
+        if not prefix and (kind != "model" or any(other.naming in _DIFFUSION_MODELS for other in found)) and found:
+            continue
         inside = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-        naming = {"unet": _unet_naming, "te": _clip_naming, "vae": _vae_naming}[kind](inside)
+        naming = {"model": _model_naming, "te": _text_encoder_naming, "vae": _vae_naming}[kind](inside)
+        if naming is None and prefix in encoders:
+            naming = "language model"
         if naming is not None:
-            name = kind if kind != "te" else _text_encoder_slot(inside)
+            name = _component_name(kind, naming, prefix, inside)
+            while kind == "te" and any(other.name == name for other in found):
+                name = f"te{int(name[2:]) + 1}"
             found.append(Component(name, group + prefix, naming))
-    return found or [Component("model", group, "plain")]
+    found.sort(key=lambda component: (component.naming not in _DIFFUSION_MODELS, component.name))
+    return found or [Component("model", group, "hf")]
 
 
-def _unet_naming(names: Mapping[str, Shape]) -> str | None:
+def _language_model(group: str, shapes: Mapping[str, Shape], others: Iterable[Component]) -> Component:
+    """The text encoder in a file of a stack that holds a language model; raises UsageError if it holds none."""
+    families, _ = families_by_names(split_parameter(name)[0] for name in shapes)
+    if "language-model" not in families:
+        raise UsageError(
+            f"{group.rstrip('/')}: no part of an image model that bake knows, such as a UNet, a transformer or a "
+            f"text encoder (it holds {next(iter(shapes), 'nothing')!r}). Adapters are given with -l."
+        )
+    taken = {component.name for component in others}
+    name = next(name for name in map("te{}".format, itertools.count(1)) if name not in taken)
+    return Component(name, group, "language model")
+
+
+def _component_name(kind: str, naming: str, prefix: str, inside: Mapping[str, Shape]) -> str:
+    if kind == "model":
+        return "unet" if naming in _UNETS or naming == "stable-cascade" else "transformer"
+    if kind == "vae":
+        return kind
+    encoder = _TEXT_ENCODERS.match(prefix)
+    return _SLOTS.get(encoder[1] if encoder is not None else "") or _text_encoder_slot(naming, inside)
+
+
+def _model_naming(names: Mapping[str, Shape]) -> str | None:
     if _LDM_UNET in names:
         return "ldm unet"
-    return "diffusers unet" if _DIFFUSERS_UNET in names and "conv_in.weight" in names else None
+    if _DIFFUSERS_UNET in names and "conv_in.weight" in names:
+        return "diffusers unet"
+    sign = find_sign(names)
+    return sign.family if sign is not None else None
 
 
-def _clip_naming(names: Mapping[str, Shape]) -> str | None:
+def _text_encoder_naming(names: Mapping[str, Shape]) -> str | None:
     if _HF_CLIP in names or "text_model." + _HF_CLIP in names:
         return "hf clip"
+    if _T5 in names and _T5_DECODER not in names:
+        return "t5"
     return "openclip" if _OPENCLIP in names and "token_embedding.weight" in names else None
 
 
@@ -117,20 +186,39 @@ def _vae_naming(names: Mapping[str, Shape]) -> str | None:
     return "plain" if any(sentinel in names for sentinel in _VAES) else None
 
 
-def _text_encoder_slot(names: Mapping[str, Shape]) -> str:
+def _text_encoder_slot(naming: str, names: Mapping[str, Shape]) -> str:
+    if naming == "t5":
+        return "te3"
     layers = {int(found[1]) for found in map(_CLIP_LAYER.match, names) if found is not None}
     return "te2" if len(layers) >= _BIGG_DEPTH else "te1"
+
+
+def _with_answers(family: str, components: Iterable[Component]) -> Iterator[Component]:
+    """The components, each with the further names it answers to in a base of this family."""
+    components = list(components)
+    taken = {component.name for component in components}
+    for component in components:
+        wanted = _ANSWERS.get((family, component.naming), _ANY_T5 if component.naming == "t5" else ())
+        yield replace(component, also=tuple(name for name in wanted if name not in taken))
 
 
 def _identify(
     checkpoint: Checkpoint, components: tuple[Component, ...], groups: Mapping[str, Mapping[str, Shape]]
 ) -> BaseIdentity:
     shapes = {group + name: shape for group, names in groups.items() for name, shape in names.items()}
-    unet = next((component for component in components if component.name == "unet"), None)
-    if unet is not None:
-        family, variant, evidence = _unet_family(unet, shapes)
-        layout = "original" if unet.naming == "ldm unet" else "diffusers"
-        return BaseIdentity(family, layout, components, variant, evidence=evidence)
+    models = [component for component in components if component.naming in _DIFFUSION_MODELS]
+    if models:
+        model = next((component for component in models if component.name == "unet"), models[0])
+        names = {name[len(model.prefix) :]: shape for name, shape in shapes.items() if name.startswith(model.prefix)}
+        if model.naming in _UNETS:
+            family, variant, evidence = _unet_family(model.naming == "ldm unet", names)
+            layout = "original" if model.naming == "ldm unet" else "diffusers"
+            return BaseIdentity(family, layout, components, variant, evidence=evidence)
+        sign = find_sign(names)
+        assert sign is not None, model
+        by_diffusers = checkpoint.packaging == "diffusers" or "_class_name" in checkpoint.configs.get("", {})
+        layout = sign.layout if sign.layout != "either" else "diffusers" if by_diffusers else "original"
+        return BaseIdentity(sign.family, layout, components, variant_of(sign.family, names), evidence=sign.present)
     if checkpoint.packaging == "diffusers":
         class_name = str(checkpoint.configs.get("transformer/", {}).get("_class_name", "unknown"))
         return BaseIdentity(class_name, "diffusers", components)
@@ -144,10 +232,8 @@ def _identify(
     return BaseIdentity(family, "plain", components, None, family == "language-model", (telling,) if telling else ())
 
 
-def _unet_family(unet: Component, shapes: Mapping[str, Shape]) -> tuple[str, str | None, tuple[str, ...]]:
+def _unet_family(is_ldm: bool, names: Mapping[str, Shape]) -> tuple[str, str | None, tuple[str, ...]]:
     """(family, variant, evidence): from which blocks exist and how many axes they have, not from widths."""
-    names = {name[len(unet.prefix) :]: shape for name, shape in shapes.items() if name.startswith(unet.prefix)}
-    is_ldm = unet.naming == "ldm unet"
     channels = names["input_blocks.0.0.weight" if is_ldm else "conv_in.weight"][1]
     variant = _VARIANTS.get(channels)
     embedding = "label_emb.0.0.weight" if is_ldm else "add_embedding.linear_1.weight"

@@ -31,8 +31,27 @@ _ROWS = (
         Kind("a ControlNet", "It needs a control image at run time and cannot be fused.", True),
     ),
     (
-        r"image_proj(_model)?\..*|ip_adapter\..*|.*\.to_[kv]_ip\.weight",
+        r"controlnet_(blocks|single_blocks|(down|mid)_blocks?|x_embedder)\..*|control_add_embedding\..*",
+        Kind("a ControlNet", "It needs a control image at run time and cannot be fused.", True),
+    ),
+    (
+        r"image_proj(_model)?\..*|ip_adapter(_proj_model)?\..*|.*\.to_[kv]_ip\.weight|.*\.processor\.ip_adapter_.*",
         Kind("an IP-Adapter", "It needs a reference image at run time and cannot be fused.", True),
+    ),
+    (
+        r"id_encoder\..*|pulid_.*",
+        Kind("an identity adapter (PhotoMaker, PuLID)", "It needs a reference image at run time.", True),
+    ),
+    (
+        r"(adapter\.)?body\.\d+\.(in_conv|resnets)\..*",
+        Kind("a T2I-Adapter", "It needs a control image at run time and cannot be fused."),
+    ),
+    (
+        r"prompt_embeddings|(.*\.)?prompt_encoder\..*|.*\.adaption_(prompt|gate)",
+        Kind(
+            "a soft prompt (PEFT prompt, prefix or p-tuning)",
+            "It adds inputs to the model, not updates to its weights.",
+        ),
     ),
     (
         r".*motion_modules\..*",
@@ -51,11 +70,12 @@ _ROWS = (
     ),
     (
         r"(model\.diffusion_model\.input_blocks\.0\.0|conv_in|first_stage_model\..*\.conv_in)\.weight"
-        r"|(.*\.)?(layers\.0\.self_attn\.q_proj|embeddings\.word_embeddings|token_embedding|embed_tokens)\.weight",
+        r"|(.*\.)?(layers\.0\.self_attn\.q_proj|embeddings\.word_embeddings|token_embedding|embed_tokens)\.weight"
+        r"|(?!.*(lora|adapter))(.*\.)?((double|single|joint|transformer)_blocks|blocks|(double|joint)_layers|layers)\.0\.\w+\.[\w.]+\.weight",
         Kind("a checkpoint", "Give it as the base, and adapters with -l.", is_checkpoint=True),
     ),
     (
-        r"(clip_[lg]|t5xxl|emp_params|<[^>]+>|\*)",
+        r"(clip_[lg]|t5xxl|emp_params|<[^>]+>|\*|bundle_emb\..+)",
         Kind("a textual inversion", "It adds words to the prompt; put it into the embeddings folder of your UI."),
     ),
     (

@@ -102,6 +102,11 @@ class TestModules:
         with pytest.raises(InputError, match="proj_in' is incomplete"):
             identify(save(tmp_path / "a.safetensors", {**arrays, **other}))
 
+    def test_an_alpha_without_factors_is_refused(self, tmp_path: Path) -> None:
+        lonely = {"lora_unet_conv_in.alpha": np.ones((), np.float32)}
+        with pytest.raises(InputError, match="conv_in' is incomplete"):
+            identify(save(tmp_path / "a.safetensors", {**PAIR, **lonely}))
+
     def test_factors_of_different_ranks_are_refused_by_module(self, tmp_path: Path) -> None:
         arrays = {**PAIR, "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": np.ones((4, 3), np.float32)}
         with pytest.raises(InputError, match=r"proj_in'.*differ"):
@@ -112,29 +117,46 @@ class TestModules:
         with pytest.raises(InputError, match="two tensors for up"):
             identify(save(tmp_path / "a.safetensors", arrays))
 
-    @pytest.mark.parametrize(
-        ("suffix", "name"),
-        [("dora_scale", "DoRA"), ("reshape_weight", "reshape_weight"), ("bias_values", "bias_values")],
-    )
-    def test_what_a_lora_is_combined_with_is_never_dropped(self, tmp_path: Path, suffix: str, name: str) -> None:
-        extra = {f"lora_unet_mid_block_attentions_0_proj_in.{suffix}": np.ones((4, 1), np.float32)}
+    def test_a_magnitude_makes_a_lora_a_dora(self, tmp_path: Path) -> None:
+        extra = {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": np.ones((4, 1), np.float32)}
         adapter = identify(save(tmp_path / "a.safetensors", {**PAIR, **extra}))
-        assert name in adapter.refusals[0].message
+        assert (adapter.algorithms, adapter.transforms) == (("dora (lora)",), True)
+
+    @pytest.mark.parametrize("suffix", ["bias_values", "bias_indices"])
+    def test_half_a_sparse_remainder_is_refused(self, tmp_path: Path, suffix: str) -> None:
+        extra = {f"lora_unet_mid_block_attentions_0_proj_in.{suffix}": np.ones((4, 1), np.float32)}
+        with pytest.raises(InputError, match="lacks bias_"):
+            identify(save(tmp_path / "a.safetensors", {**PAIR, **extra}))
+
+    def test_what_a_lora_is_combined_with_is_never_dropped(self, tmp_path: Path) -> None:
+        extra = {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": np.ones((4, 1), np.float32)}
+        adapter = identify(save(tmp_path / "a.safetensors", {**PAIR, **extra}))
+        assert "w1_a" in adapter.refusals[0].message
 
     @pytest.mark.parametrize(
         ("factors", "algorithm"),
         [
-            (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), "LoHa"),
-            (("lokr_w1", "lokr_w2_a", "lokr_w2_b"), "LoKr"),
-            (("oft_blocks",), "OFT or BOFT"),
-            (("a1.weight", "a2.weight", "b1.weight", "b2.weight"), "GLoRA"),
-            (("on_input",), "(IA)3"),
+            ({"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 4)}, "loha"),
+            ({"lokr_w1": (2, 2), "lokr_w2_a": (2, 1), "lokr_w2_b": (1, 2)}, "lokr"),
+            ({"oft_blocks": (2, 2, 2)}, "oft"),
+            ({"oft_blocks": (1, 2, 2, 2)}, "boft"),
+            ({"a1.weight": (4, 2), "a2.weight": (2, 4), "b1.weight": (4, 2), "b2.weight": (2, 4)}, "glora"),
+            ({"weight": (4,), "on_input": ()}, "ia3"),
+            ({"oft_R.weight": (2, 1)}, "oft-peft"),
+            ({"hra_u": (4, 2)}, "hra"),
+            ({"w_norm": (4,)}, "full"),
+            ({"set_weight": (4, 4)}, "set"),
         ],
     )
-    def test_other_algorithms_are_named_and_refused(self, tmp_path: Path, factors, algorithm: str) -> None:
-        arrays = {f"lora_unet_mid_block.{factor}": np.ones((2, 2), np.float32) for factor in factors}
+    def test_the_algorithm_is_told_by_the_factors(self, tmp_path: Path, factors, algorithm: str) -> None:
+        arrays = {f"lora_unet_mid_block.{name}": np.ones(shape, np.float32) for name, shape in factors.items()}
         adapter = identify(save(tmp_path / "a.safetensors", arrays))
-        assert adapter.algorithms == (algorithm,)
+        assert (adapter.algorithms, adapter.refusals) == ((algorithm,), ())
+
+    def test_an_algorithm_without_maths_is_named_and_refused(self, tmp_path: Path) -> None:
+        arrays = {"base_model.model.x.fourierft_spectrum": np.ones(4, np.float32)}
+        adapter = identify(save(tmp_path / "a.safetensors", arrays))
+        assert adapter.algorithms == ("FourierFT",)
         assert adapter.refusals[0].exit_code == 6
 
     def test_tensors_no_format_knows_are_kept_for_the_accounting(self, tmp_path: Path) -> None:
@@ -154,11 +176,22 @@ class TestFamilies:
             (["lora_unet_up_blocks_3_attentions_0_proj_in"], {"sd1", "sd2"}),
             (["lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"], {"sdxl", "sdxl-refiner"}),
             (["lora_unet_up_blocks_0_attentions_0_transformer_blocks_9_attn1_to_q"], {"sdxl"}),
-            (["lora_unet_input_blocks_4_1_proj_in", "lora_te2_text_model_encoder_layers_0_mlp_fc1"], {"sdxl"}),
+            (
+                ["lora_unet_input_blocks_4_1_proj_in", "lora_te2_text_model_encoder_layers_0_mlp_fc1"],
+                {"sdxl", "sdxl-refiner"},
+            ),
+            (
+                [
+                    "lora_unet_input_blocks_4_1_proj_in",
+                    "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+                    "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+                ],
+                {"sdxl"},
+            ),
             (["unet.mid_block.attentions.0.proj_in"], {"sd1", "sd2", "sdxl", "sdxl-refiner"}),
             (["diffusion_model.input_blocks.1.1.proj_in"], {"sd1", "sd2"}),
-            (["lora_unet_double_blocks_0_img_attn_qkv"], {"flux"}),
-            (["transformer.single_transformer_blocks.0.attn.to_q"], {"flux"}),
+            (["lora_unet_double_blocks_0_img_attn_qkv"], {"flux", "chroma", "flux2", "hunyuan-video"}),
+            (["transformer.joint_transformer_blocks.0.attn.to_q"], {"auraflow"}),
             (["base_model.model.model.layers.0.self_attn.q_proj"], {"language-model"}),
             (["lora_te_text_model_encoder_layers_0_mlp_fc1"], set()),
             (["base_model.model.encoder.layer.0.attention.self.query"], set()),

@@ -37,7 +37,7 @@ def test_single_files_of_every_family(tmp_path: Path, family: str, components: l
     assert identity.evidence
 
 
-@pytest.mark.parametrize(("channels", "variant"), [(9, "inpainting"), (8, "instruct-pix2pix")])
+@pytest.mark.parametrize(("channels", "variant"), [(9, "inpainting"), (8, "instruct-pix2pix"), (5, "depth")])
 def test_variants_are_told_by_the_first_convolution(tmp_path: Path, channels: int, variant: str) -> None:
     arrays = random_arrays(small("sd1"))
     arrays["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((4, channels, 3, 3), np.float16)
