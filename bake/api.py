@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from bake import __version__
 from bake.errors import InputError, UsageError, VerificationFailed
+from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
 from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute
 from bake.io.digest import BackgroundDigests, Digest
 from bake.io.draft import Draft, check_target, refusal_of
@@ -20,6 +21,7 @@ from bake.io.files import open_for_writing, write_at
 from bake.io.header import TensorInfo, build_header
 from bake.io.tensorfile import open_tensors
 from bake.plan.build import build_plan as plan_recipe
+from bake.plan.embeddings import embeddings_folder
 from bake.plan.model import FilePlan, Plan
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.record import RECIPE_KEY, file_metadata
@@ -56,13 +58,15 @@ def build_plan(
     allow_unmatched: bool = False,
     metadata: Mapping[str, str] | None = None,
     record: bool = True,
+    embeddings: str = "beside",
 ) -> Plan:
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
     base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or
     AdapterChoice. also: further files of a split stack. dtype: "keep", "fp32", "fp16" or "bf16". only:
     components to fuse into. metadata: added to the output's. record: write names, weights and SHA-256
-    of the inputs into the output.
+    of the inputs into the output. embeddings: what becomes of token embeddings that travel in adapters:
+    "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer and text encoder) or "drop".
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     return plan_recipe(
@@ -75,6 +79,7 @@ def build_plan(
             allow_unmatched=allow_unmatched,
             metadata=dict(metadata or {}),
             record=record,
+            embeddings=embeddings,
         )
     )
 
@@ -140,13 +145,14 @@ def run_plan(
     headers = {file.relative: _header(plan, file, None) for file in plan.files}
     sizes = {file.relative: len(headers[file.relative]) + _data_bytes(file) for file in plan.files}
     place = check_output_path(plan, output, overwrite=overwrite)
-    with Draft(place, sizes) as draft:
+    with Draft(place, sizes) as draft, EmbeddingFiles(plan, embeddings_folder(Path(output))) as beside:
         digests = BackgroundDigests([source.path for source in plan.inputs] if plan.record else [])
         try:
             targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
             survival = execute(plan, targets, Options(device, memory, threads), progress)
             _write_side_files(plan, draft)
             _write_headers(plan, targets, digests.result())
+            beside.write()
         except OSError as error:
             raise refusal_of(error, place) from None
         finally:
@@ -154,12 +160,13 @@ def run_plan(
         report = None
         if verify != "none":
             paths = {relative: target.path for relative, target in targets.items()}
-            report = check_files(plan, paths, verify == "full", progress)
+            report = check_files(plan, paths, verify == "full", progress, beside.paths)
             if not report.ok:
                 raise VerificationFailed(
                     f"{output} was not written: the finished draft is not what was planned.\n{report.summary()}",
                     **report.to_json(),
                 )
+        beside.publish()  # first: where the output is, they are
         draft.publish()
     return Result(plan, Path(output), survival, report, sum(sizes.values()), time.monotonic() - started, draft.leftover)
 
@@ -173,27 +180,25 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) 
     inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
     if plan.base.is_dir() and plan.base.resolve() in target.resolve().parents:
         raise UsageError(f"{target} lies inside the base folder {plan.base}; choose a place outside it")
+    check_places(plan, embeddings_folder(target), overwrite)
     return check_target(target, inputs, is_folder, overwrite, output_bytes(plan))
 
 
 def output_bytes(plan: Plan) -> int:
-    """Bytes of the whole output: headers, tensors and side files."""
+    """Bytes of the whole output: headers, tensors, side files and the embeddings beside it."""
     weights = sum(len(_header(plan, file, None)) + _data_bytes(file) for file in plan.files)
     beside = sum(
         len(side.content.encode()) if side.content is not None else side.source.stat().st_size if side.source else 0
         for side in plan.side_files
     )
-    return weights + beside
+    return weights + beside + sum(embedding_sizes(plan).values())
 
 
 def input_bytes(plan: Plan) -> int:
-    """Bytes of tensor data that the run reads: the base once, and every factor used."""
-    factors = {
-        (stored.input, stored.name): stored.span[1] - stored.span[0]
-        for _, tensor in plan.tensors()
-        for term in tensor.terms
-        for stored in term.factors.values()
-    }
+    """Bytes of tensor data that the run reads: the base once, every factor used, and embeddings."""
+    stored = [each for _, tensor in plan.tensors() for term in tensor.terms for each in term.factors.values()]
+    stored += [vectors.stored for embedding in plan.embeddings for vectors in embedding.vectors]
+    factors = {(each.input, each.name): each.span[1] - each.span[0] for each in stored}
     base = sum(tensor.source.span[1] - tensor.source.span[0] for _, tensor in plan.tensors())
     return base + sum(factors.values())
 
@@ -255,7 +260,9 @@ def check_output(
     else:
         plan = build_plan(base, adapters, **what)
     paths = {file.relative: path / file.relative if file.relative else path for file in plan.files}
-    return check_files(plan, paths, full, progress or Silent())
+    folder = embeddings_folder(path)
+    beside = {embedding.file: folder / embedding.file for embedding in plan.embeddings if embedding.file is not None}
+    return check_files(plan, paths, full, progress or Silent(), beside)
 
 
 def stored_recipe(path: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from bake.api import Result, input_bytes, output_bytes
 from bake.errors import BakeError
-from bake.plan.model import Plan
+from bake.plan.embeddings import embeddings_folder
+from bake.plan.model import EmbeddingPlan, Plan
 from bake.verify.report import Report
 
 SCHEMA = 1
@@ -19,7 +20,7 @@ def plan_document(plan: Plan, output: Path | None, full: bool = False) -> dict[s
     document = {
         "schema": SCHEMA,
         "output": None if output is None else str(output),
-        **_facts(plan),
+        **_facts(plan, output),
         "bytes": {"read": input_bytes(plan), "written": output_bytes(plan)},
     }
     return document | ({"plan": plan.to_json()} if full else {})
@@ -30,7 +31,7 @@ def result_document(result: Result) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "output": str(result.output),
-        **_facts(result.plan),
+        **_facts(result.plan, result.output),
         "survival": result.survival,
         "bytes": {"read": input_bytes(result.plan), "written": output_bytes(result.plan)},
         "seconds": round(result.seconds, 3),
@@ -56,10 +57,7 @@ def error_document(error: BakeError, exit_code: int | None = None) -> dict[str, 
     }
 
 
-def _facts(plan: Plan) -> dict[str, Any]:
-    fused = sum(bool(tensor.terms) for _, tensor in plan.tensors())
-    copied = sum(tensor.is_copy for _, tensor in plan.tensors())
-    total = sum(len(file.tensors) for file in plan.files)
+def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
     return {
         "family": plan.family,
         "layout": plan.layout,
@@ -81,6 +79,34 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "components": {name: dataclasses.asdict(part) for name, part in plan.components.items()},
         "unmatched": [dataclasses.asdict(entry) for entry in plan.unmatched],
         "skipped": [dataclasses.asdict(entry) for entry in plan.skipped],
-        "tensors": {"fused": fused, "converted": total - fused - copied, "copied": copied},
+        "tensors": tensor_counts(plan),
+        "embeddings": [
+            {
+                "token": embedding.token,
+                "adapter": plan.adapters[embedding.adapter].name,
+                "file": embedding_file(embedding, output),
+                "vectors": vectors.stored.as_rows[0],
+                "encoder": vectors.encoder,
+                "tokens": list(vectors.tokens),
+            }
+            for embedding in plan.embeddings
+            for vectors in embedding.vectors
+        ],
         "notes": list(plan.notes),
     }
+
+
+def tensor_counts(plan: Plan) -> dict[str, int]:
+    """How many output tensors are made in which way; each counts once."""
+    counts = dict.fromkeys(("fused", "grown", "converted", "copied"), 0)
+    for _, tensor in plan.tensors():
+        how = "fused" if tensor.terms else "grown" if tensor.appended else "copied" if tensor.is_copy else "converted"
+        counts[how] += 1
+    return counts
+
+
+def embedding_file(embedding: EmbeddingPlan, output: Path | None) -> str | None:
+    """The textual-inversion file of an embedding; its bare name where the output has none yet."""
+    if embedding.file is None or output is None:
+        return embedding.file
+    return str(embeddings_folder(output) / embedding.file)

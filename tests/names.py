@@ -27,8 +27,14 @@ def small(family: str) -> Shapes:
     return layouts.sdxl_refiner(unet, layouts.Clip(8, 32, 16, 8), 1)
 
 
+def read_content(path: Path) -> dict[str, Any]:
+    """What a published checkpoint's list says: "about", and "tensors", name -> [dtype, shape]."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
 def read_list(path: Path) -> tuple[dict[str, Any], Shapes]:
     """(about, name -> shape) of a published checkpoint's list."""
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    content = json.loads(text)
+    content = read_content(path)
     return content["about"], {name: tuple(shape) for name, (_, shape) in content["tensors"].items()}

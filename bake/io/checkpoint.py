@@ -83,8 +83,10 @@ def open_checkpoint(path: Path, also: Sequence[Path] = ()) -> Checkpoint:
         opened = open_tensors(path)
         return Checkpoint(path, "file", (CheckpointFile(opened, _output_name(path), ""),))
     files: list[CheckpointFile] = []
-    for each in (path, *also):
+    for place, each in enumerate((path, *also)):
         name = _output_name(each)
+        if any(each.exists() and each.samefile(other) for other in (path, *also)[:place]):
+            raise UsageError(f"{each} is named twice in the stack")
         if any(name == other.relative for other in files):
             raise UsageError(f"two files of the stack are called {name}; the output folder can hold only one")
         files.append(CheckpointFile(open_tensors(each), name, name + "/"))
@@ -100,6 +102,8 @@ def _open_folder(root: Path) -> Checkpoint:
         return _open_diffusers(root)
     files, indexes, unused = _open_weights(root, "", "")
     if not files:
+        for packed in sorted(root.glob("*.gguf")):
+            open_tensors(packed).close()  # says that it is a GGUF file and what to do
         raise FolderError(
             f"{root}: no weights here: no .safetensors file, no index with its shards, no model_index.json. "
             f"Weights in PyTorch's .bin files have to be saved as safetensors first.",

@@ -37,6 +37,17 @@ def read_rows(file: TensorFile, begin: int, tag: str, columns: int, rows: range,
     return read_tensor(file, offset, tag, (rows[-1] + 1 - rows[0], columns), dtype)[:: rows.step]
 
 
+def read_padded(
+    file: TensorFile, begin: int, tag: str, size: tuple[int, int], columns: int, rows: range, dtype: torch.dtype
+) -> Tensor:
+    """Contiguous rows of a stored matrix of `size` (rows, columns) in a larger one of `columns`, the rest zeros."""
+    found = torch.zeros((len(rows), columns), dtype=dtype)
+    stored = range(rows.start, min(rows.stop, size[0]))
+    if stored:
+        found[: len(stored), : size[1]] = read_rows(file, begin, tag, size[1], stored, dtype)
+    return found
+
+
 def read_tensor(file: TensorFile, begin: int, tag: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A stored tensor, widened to `dtype` on the CPU; begin: byte of the data section at which it starts."""
     raw = torch.empty(math.prod(shape) * DTYPES[tag].bits // 8, dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from pathlib import Path
@@ -121,7 +122,16 @@ def read_number(file: TensorFile, name: str) -> float:
     info = file.tensors[name]
     if any(size != 1 for size in info.shape):
         raise InputError(f"{file.path}: {name!r} should be one number, it has shape {list(info.shape)}")
+    return read_numbers(file, name)[0]
+
+
+def read_numbers(file: TensorFile, name: str) -> list[float]:
+    """The values of a small tensor of any numeric dtype, in order. Raises InputError if it holds no numbers."""
+    info = file.tensors[name]
+    count = max(1, math.prod(info.shape))
+    size = info.nbytes // count
+    stored = read_tensor_bytes(file, name)
     try:
-        return decode_scalar(info.dtype, read_tensor_bytes(file, name))
+        return [decode_scalar(info.dtype, stored[place * size : (place + 1) * size]) for place in range(count)]
     except ValueError as error:
         raise InputError(f"{file.path}: {name!r}: {error}") from None

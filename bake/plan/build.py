@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from bake.errors import UsageError
@@ -12,11 +13,13 @@ from bake.identify.adapter import Adapter, identify_adapter
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.io.adapter import content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
+from bake.plan.embeddings import embedding_notes, plan_embeddings
 from bake.plan.files import plan_files, plan_side_files
-from bake.plan.match import AdapterMatcher, Base, Matching, check_family
+from bake.plan.heads import base_of, settle_heads
+from bake.plan.match import AdapterMatcher, Matching, check_family
 from bake.plan.model import AdapterUse, Input, Plan
 from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
-from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_tied, refuse_unmatched
+from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_unmatched
 
 _EMA = "model_ema."  # where training code keeps averaged weights
 
@@ -44,6 +47,7 @@ def build_plan(recipe: Recipe) -> Plan:
     for what bake recognises but does not fuse, UsageError for requests that contradict themselves.
     """
     with ExitStack() as opened:
+        opened.enter_context(_without_collecting())
         checkpoint = open_checkpoint(recipe.base, recipe.also)
         opened.callback(checkpoint.close)
         identity = identify_checkpoint(checkpoint)
@@ -51,6 +55,9 @@ def build_plan(recipe: Recipe) -> Plan:
         uses = _open_adapters(recipe, identity, opened)
         inputs, adapters = _list_inputs(checkpoint, uses)
         matching = _match(recipe, checkpoint, identity, uses, adapters)
+        identified = [(described, use.adapter) for described, use in zip(adapters, uses, strict=True)]
+        embeddings, growth = plan_embeddings(recipe, checkpoint, identity, identified)
+        files = plan_files(recipe, checkpoint, identity, matching, growth)
         return Plan(
             family=identity.family,
             layout=identity.layout,
@@ -58,16 +65,34 @@ def build_plan(recipe: Recipe) -> Plan:
             packaging=checkpoint.packaging,
             base=recipe.base,
             inputs=inputs,
-            files=plan_files(recipe, checkpoint, identity, matching),
-            side_files=plan_side_files(recipe, checkpoint),
+            files=files,
+            side_files=plan_side_files(recipe, checkpoint, growth, matching, files),
             adapters=adapters,
             components=matching.coverage(identity),
             unmatched=tuple(matching.unmatched),
             skipped=tuple(matching.skipped),
-            notes=tuple(_notes(recipe, checkpoint, uses, matching)),
-            settings={"dtype": recipe.dtype, "only": list(recipe.only), "allow_unmatched": recipe.allow_unmatched},
+            notes=(*_notes(recipe, checkpoint, uses, matching), *embedding_notes(recipe, adapters, embeddings)),
+            settings={
+                "dtype": recipe.dtype,
+                "only": list(recipe.only),
+                "allow_unmatched": recipe.allow_unmatched,
+                "embeddings": recipe.embeddings,
+            },
             record=recipe.record,
+            embeddings=embeddings,
         )
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Nothing that planning makes is garbage before it ends; looking for some costs a third of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:
@@ -84,7 +109,7 @@ def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:
 
 
 def _open_adapters(recipe: Recipe, identity: BaseIdentity, opened: ExitStack) -> list[_Use]:
-    """The adapters that take part, in canonical order."""
+    """The adapters that take part: in canonical order, or as the user has them where one transforms the weights."""
     uses: list[_Use] = []
     for choice in recipe.adapters:
         if choice.is_off:
@@ -96,7 +121,7 @@ def _open_adapters(recipe: Recipe, identity: BaseIdentity, opened: ExitStack) ->
         if adapter.refusals:
             raise adapter.refusals[0]
         uses.append(_Use(choice, adapter, content_key(source.file)))
-    return sorted(uses, key=lambda use: use.order)
+    return uses if any(use.adapter.transforms for use in uses) else sorted(uses, key=lambda use: use.order)
 
 
 def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[Input, ...], tuple[AdapterUse, ...]]:
@@ -140,13 +165,17 @@ def _match(
     tensors = {name: info for name, _, info in checkpoint.tensors()}
     matching = Matching()
     if uses:
-        refuse_quantised(recipe.base, tensors)
-        base = Base.of(identity, tensors)
+        refuse_quantised(recipe.base, tensors, checkpoint.configs.get(""))
+        base, tie = base_of(checkpoint, identity)
         for place, (use, described) in enumerate(zip(uses, adapters, strict=True)):
             AdapterMatcher(base, use.adapter, use.choice, place, described.input, matching).run(recipe)
-        refuse_unmatched(identity, matching, recipe.allow_unmatched)
-        refuse_packed(tensors, matching)
-        refuse_tied(checkpoint, tensors, matching)
+        refuse_unmatched(identity, matching, recipe.allow_unmatched, checkpoint.packaging in ("sharded", "diffusers"))
+        settle_heads(
+            *(checkpoint, tie, tensors),
+            [(described.input, use.adapter) for use, described in zip(uses, adapters, strict=True)],
+            matching,
+        )
+        refuse_packed(base.tensors, matching)
     return matching
 
 
@@ -157,9 +186,6 @@ def _notes(recipe: Recipe, checkpoint: Checkpoint, uses: Sequence[_Use], matchin
     for use in uses:
         name = use.adapter.source.name
         yield from (f"{name}: {note}" for note in use.adapter.notes)
-        if use.adapter.embeddings:
-            tokens = ", ".join(use.adapter.embeddings)
-            yield f"{name}: carries token embeddings ({tokens}), which are no weight updates and are not in the output"
         companion = use.choice.path.with_suffix(".text_encoder.pt")
         if use.choice.path.suffix == ".pt" and companion.is_file() and companion != use.choice.path:
             yield f"{name}: {companion.name} lies beside it; give it with -l too to fuse the text encoder"

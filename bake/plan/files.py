@@ -16,21 +16,24 @@ from bake.plan.match import Matching
 from bake.plan.model import FilePlan, SideFile, Stored, TensorPlan
 from bake.plan.recipe import Recipe
 from bake.plan.record import carried_metadata, history_of
+from bake.plan.tokens import Growth
 
 
 def plan_files(
-    recipe: Recipe, checkpoint: Checkpoint, identity: BaseIdentity, matching: Matching
+    recipe: Recipe, checkpoint: Checkpoint, identity: BaseIdentity, matching: Matching, growth: Growth
 ) -> tuple[FilePlan, ...]:
     """One output file for each file of the base, with the same tensors in the same order where it aligns."""
     # By falling prefix length, so that the first match owns a name.
     owners = sorted(identity.components, key=lambda component: -len(component.prefix))
-    planned = [_plan_tensors(recipe, place, part, owners, matching) for place, part in enumerate(checkpoint.files)]
+    planned = [
+        _plan_tensors(recipe, place, part, owners, matching, growth) for place, part in enumerate(checkpoint.files)
+    ]
     # A folder carries the record of its inputs once: in the first file that was changed.
-    recorded = next((place for place, tensors in enumerate(planned) if any(t.terms for t in tensors)), 0)
+    recorded = next((place for place, tensors in enumerate(planned) if any(t.terms or t.appended for t in tensors)), 0)
     return tuple(
         FilePlan(
             relative="" if checkpoint.packaging == "file" else part.relative,
-            metadata=carried_metadata(part.file.metadata, identity.family, identity.layout, recipe.metadata),
+            metadata=carried_metadata(part.file.metadata, identity, recipe.metadata),
             is_recorded=place == recorded,
             history=history_of(part.file.metadata) if recipe.record and place == recorded else {},
             tensors=tensors,
@@ -40,18 +43,62 @@ def plan_files(
 
 
 def _plan_tensors(
-    recipe: Recipe, place: int, part: CheckpointFile, owners: Sequence[Component], matching: Matching
+    recipe: Recipe,
+    place: int,
+    part: CheckpointFile,
+    owners: Sequence[Component],
+    matching: Matching,
+    growth: Growth,
 ) -> tuple[TensorPlan, ...]:
     stored = part.file.tensors
-    placed = lay_out((name, _output_dtype(recipe, info), info.shape) for name, info in stored.items())
+    # What is added lies in the file of the tensor whose like it is.
+    likes = {name: name for name in stored}
+    likes |= {
+        name: like.removeprefix(part.group)
+        for name, like in matching.added.items()
+        if like.startswith(part.group) and like.removeprefix(part.group) in stored
+    }
+    sources = {name: _source(place, part.group + name, like, stored[like], matching) for name, like in likes.items()}
+    placed = lay_out(
+        (
+            name,
+            _output_dtype(recipe, stored[like]),
+            _shape(part.group + name, stored[like], sources[name], growth, matching),
+        )
+        for name, like in likes.items()
+    )
     tensors = []
     for name, info in placed.items():
         full = part.group + name
-        source = Stored(place, name, stored[name].dtype, info.shape, (stored[name].begin, stored[name].end))
         owner = next((component.name for component in owners if full.startswith(component.prefix)), "")
-        terms = tuple(matching.terms.get(full, ()))
-        tensors.append(TensorPlan(name, info.shape, info.dtype, (info.begin, info.end), source, owner, terms))
+        tensors.append(
+            TensorPlan(
+                name=name,
+                shape=info.shape,
+                dtype=info.dtype,
+                span=(info.begin, info.end),
+                source=sources[name],
+                component=owner,
+                terms=tuple(matching.terms.get(full, ())),
+                appended=growth.rows.get(full, ()),
+                replaced=full in matching.replaced,
+                stacked=full in matching.stacks,
+            )
+        )
     return tuple(tensors)
+
+
+def _source(place: int, full: str, like: str, info: TensorInfo, matching: Matching) -> Stored:
+    """Where the values come from that the terms are applied to: the base, or what an adapter stores instead."""
+    return matching.replaced.get(full) or Stored(place, like, info.dtype, info.shape, (info.begin, info.end))
+
+
+def _shape(full: str, info: TensorInfo, source: Stored, growth: Growth, matching: Matching) -> tuple[int, ...]:
+    if full in matching.padded:
+        return matching.padded[full]
+    if math.prod(source.shape) != math.prod(info.shape):  # a vocabulary that grew
+        return source.shape
+    return growth.appended(full, info)[0]
 
 
 def _output_dtype(recipe: Recipe, info: TensorInfo) -> str:
@@ -61,37 +108,42 @@ def _output_dtype(recipe: Recipe, info: TensorInfo) -> str:
     return OUTPUT_DTYPES[recipe.dtype]
 
 
-def plan_side_files(recipe: Recipe, checkpoint: Checkpoint) -> tuple[SideFile, ...]:
+def plan_side_files(
+    recipe: Recipe, checkpoint: Checkpoint, growth: Growth, matching: Matching, planned: Sequence[FilePlan]
+) -> tuple[SideFile, ...]:
     """Everything else of the output folder; the shard indexes come last, when their shards exist."""
     files = []
-    for relative in checkpoint.side_files:
-        content: str | None = None
+    for relative in sorted({*checkpoint.side_files, *growth.contents, *matching.side_sources}):
+        content = growth.contents.get(relative)
         group = relative.removesuffix("config.json")
-        if recipe.dtype != "keep" and relative.endswith("config.json") and group in checkpoint.configs:
-            content = _with_dtype(checkpoint.configs[group], recipe.dtype)
-        files.append(SideFile(relative, checkpoint.root / relative if content is None else None, content))
-    return (*files, *(_updated_index(recipe, checkpoint, index) for index in checkpoint.indexes))
+        if relative.endswith("config.json") and group in checkpoint.configs:
+            changed = {**matching.configs.get(group, {}), **growth.configs.get(group, {})}
+            content = _updated_config(checkpoint.configs[group], changed, recipe.dtype)
+        source = matching.side_sources.get(relative, checkpoint.root / relative)
+        files.append(SideFile(relative, source if content is None else None, content))
+    return (*files, *(_updated_index(index, planned) for index in checkpoint.indexes))
 
 
-def _updated_index(recipe: Recipe, checkpoint: Checkpoint, index: ShardIndex) -> SideFile:
-    """The base's index with the size of what is written."""
+def _updated_index(index: ShardIndex, planned: Sequence[FilePlan]) -> SideFile:
+    """The base's index with what is added and the size of what is written."""
     folder = index.relative.rpartition("/")[0]
-    total = sum(
-        info.nbytes * DTYPES[_output_dtype(recipe, info)].bits // DTYPES[info.dtype].bits
-        for part in checkpoint.files
-        if part.relative.rpartition("/")[0] == folder
-        for info in part.file.tensors.values()
-    )
+    mine = [file for file in planned if file.relative.rpartition("/")[0] == folder]
+    total = sum(tensor.span[1] - tensor.span[0] for file in mine for tensor in file.tensors)
     earlier = index.content.get("metadata")
     metadata = {**(earlier if isinstance(earlier, dict) else {}), "total_size": total}
-    return SideFile(index.relative, None, _json({**index.content, "metadata": metadata}))
+    weight_map = dict(index.content["weight_map"])
+    for file in mine:
+        weight_map.update((tensor.name, file.relative.rpartition("/")[2]) for tensor in file.tensors)
+    return SideFile(index.relative, None, _json({**index.content, "metadata": metadata, "weight_map": weight_map}))
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> str | None:
-    """config.json with its dtype field set to what is written; None if it has no such field."""
-    fields = [field for field in ("torch_dtype", "dtype") if field in config]
-    name = DTYPES[OUTPUT_DTYPES[dtype]].torch
-    return _json({**config, **dict.fromkeys(fields, name)}) if fields else None
+def _updated_config(config: dict[str, Any], grown: dict[str, Any], dtype: str) -> str | None:
+    """config.json with what added tokens change and the dtype that is written; None if it stays as it is."""
+    updated = {**config, **grown}
+    if dtype != "keep":
+        name = DTYPES[OUTPUT_DTYPES[dtype]].torch
+        updated |= {key: name for key in ("torch_dtype", "dtype") if key in config}
+    return _json(updated) if updated != config else None
 
 
 def _json(content: dict[str, Any]) -> str:

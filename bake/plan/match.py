@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
-from bake.errors import DuplicateTarget, FamilyMismatch, ShapeMismatch
-from bake.identify.adapter import Adapter, Module, Update
+from bake.errors import DuplicateTarget, FamilyMismatch, ShapeMismatch, Unsupported
+from bake.identify.adapter import Adapter, Module
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import FAMILIES, title
-from bake.identify.fingerprints import family_by_shapes
+from bake.identify.fingerprints import family_by_metadata, family_by_shapes
+from bake.identify.updates import Update
 from bake.io.header import TensorInfo
 from bake.io.tensorfile import read_tensor_bytes
 from bake.keys import hf, numbered
 from bake.keys.dialects import Address, flatten
-from bake.keys.factors import as_matrix
+from bake.keys.factors import Decomposition, as_matrix
 from bake.keys.modules import Found, ModuleIndex
+from bake.keys.nearest import nearest_names
 from bake.keys.places import Place
+from bake.keys.shapes_transforms import magnitude_axis
 from bake.plan.model import Coverage, Skipped, Stored, Term, Unmatched
 from bake.plan.recipe import AdapterChoice, Recipe
+from bake.plan.regions import Misfit, Region, check_parts, fit
+from bake.plan.stacks import Share, Stacks
 
 _NEAREST_FOR = 50  # unmatched modules that get a suggestion; comparing names is slow
+_EPSILON = 2.0**-23  # of float32: LyCORIS and OneTrainer add it to the lengths that DoRA divides by
 _FIRST_CONVOLUTIONS = ("conv_in", "input_blocks.0.0")
-
-
-class Region(NamedTuple):
-    """The part of a tensor, seen as a matrix, that an update covers."""
-
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    transposed: bool  # the factors give (columns, rows)
-
-    def overlaps(self, other: Term) -> bool:
-        return all(
-            mine[0] < theirs[1] and theirs[0] < mine[1]
-            for mine, theirs in ((self.rows, other.rows), (self.columns, other.columns))
-        )
-
-
-class _Misfit(Exception):
-    """An update has another shape than its target; says which."""
+# Modules whose rows are the words of the vocabulary: only they may be replaced by longer ones.
+VOCABULARY_LEAVES = frozenset(
+    {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "decoder", "proj_out"}
+)
+_LATENT_INPUTS = ("img_in", "x_embedder")  # of Flux: control LoRAs give it more channels
+_JOINED_OUTPUTS = ("linear2", "proj_out")  # of Flux's single blocks: attention and MLP side by side
 
 
 @dataclass
@@ -53,9 +49,20 @@ class Matching:
     matched: Counter[str] = field(default_factory=Counter)  # by component
     total: Counter[str] = field(default_factory=Counter)
     unmatched: list[Unmatched] = field(default_factory=list)
+    stacks: set[str] = field(default_factory=set)  # tensors whose rows the terms count through a stack
+    replaced: dict[str, Stored] = field(default_factory=dict)  # full tensor name -> what is stored in its place
+    padded: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor -> the shape it is padded to with zeros
+    added: dict[str, str] = field(default_factory=dict)  # tensor that the base lacks -> the one beside which it goes
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # group -> its config.json, as it is to be
+    side_sources: dict[str, Path] = field(default_factory=dict)  # relative path -> file that takes the base's place
     missing: set[str] = field(default_factory=set)  # components the adapters want and the base lacks
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def changed(self) -> set[str]:
+        """The tensors that do not stay as they are."""
+        return {*self.terms, *self.replaced}
 
     def coverage(self, identity: BaseIdentity) -> dict[str, Coverage]:
         """Component -> how many modules found a place; in the base's order, missing components last."""
@@ -74,7 +81,9 @@ class Base:
     stored_in_out: frozenset[str]  # components whose Linear weights are stored (in, out)
 
     @classmethod
-    def of(cls, identity: BaseIdentity, tensors: Mapping[str, TensorInfo]) -> Base:
+    def of(cls, identity: BaseIdentity, tensors: Mapping[str, TensorInfo], virtual: Mapping[str, str]) -> Base:
+        """virtual: tensors that the model has and the file does not store -> the stored ones they equal."""
+        tensors = {**tensors, **{name: tensors[source] for name, source in virtual.items()}}
         shapes = {name: info.shape for name, info in tensors.items()}
         index = ModuleIndex(identity.components, shapes)
         flipped = (name for name, modules in index.spellings.items() if hf.stores_in_out(modules, shapes))
@@ -111,10 +120,15 @@ class AdapterMatcher:
         self.misfits: list[tuple[Module, str]] = []
         self.misfit_shapes: dict[str, tuple[int, ...]] = {}  # module of the base -> update that does not fit it
         self.duplicates = 0
+        self.has_input_axis = False
+        self.unsure_axes: list[str] = []  # modules whose DoRA magnitude may be meant the other way
 
     def run(self, recipe: Recipe) -> None:
         """Match every module. Raises ShapeMismatch or DuplicateTarget; unmatched modules are only listed."""
         resolved = self._resolve_all()
+        shapes = {name: info.shape for name, info in self.base.tensors.items()}
+        self.stacks = Stacks(self.adapter, self.base.index, shapes, self.base.identity.family)
+        resolved |= {name: found for name, (found, _) in self.stacks.found.items()}
         skipped: Counter[tuple[str, str]] = Counter()
         for module in self.adapter.modules:
             found = resolved.get(module.name)
@@ -133,6 +147,17 @@ class AdapterMatcher:
             self.into.unmatched.append(Unmatched(tensor, self.name, "no adapter format uses this tensor name", None))
         if self.misfits:
             self._refuse_misfits()
+        if self.unsure_axes and not self.has_input_axis:
+            self.into.notes.append(
+                f"{self.name}: the DoRA magnitudes of {len(self.unsure_axes)} modules (e.g. {self.unsure_axes[0]}) "
+                f"fit inputs and outputs alike; they are taken as their spelling suggests"
+            )
+        told, base = family_by_metadata(self.adapter.source.file.metadata), self.base.identity.family
+        if told not in (None, base) and base in FAMILIES:
+            self.into.notes.append(
+                f"{self.name}: its metadata says it was trained on {title(str(told))}, and the base is {title(base)}; "
+                f"its names and shapes fit all the same"
+            )
         if self.duplicates:
             self.into.notes.append(
                 f"{self.name}: {self.duplicates} modules are stored twice under different names; each is used once"
@@ -156,7 +181,7 @@ class AdapterMatcher:
     def _resolve_with_drift(self) -> dict[str, Found]:
         """The same, where all names of the adapter differ from the base's by one prefix."""
         for component in self.base.identity.components:
-            if component.naming != "plain":
+            if component.naming not in ("hf", "plain"):
                 continue
             known = self.base.index.spellings[component.name]
             paths = {
@@ -188,7 +213,7 @@ class AdapterMatcher:
             if component == "te1":
                 order = numbered.text_encoder_order(known, len(modules))
             else:
-                heights = [modules[number].updates[0].delta[0] for number in (0, 4) if number in modules]
+                heights = [modules[number].updates[0].extent[0] or 0 for number in (0, 4) if number in modules]
                 order = numbered.unet_order(known, len(modules), len(heights) == 2 and heights[1] == 8 * heights[0])
             paths.update(((component, number), path) for number, path in enumerate(order))
         return paths
@@ -199,54 +224,120 @@ class AdapterMatcher:
     def _intended_component(self, module: Module) -> str:
         """The component an unmatched module was meant for."""
         wanted = module.readings[0].components
-        present = [component.name for component in self.base.identity.components]
         if not wanted:
             return self._default_component()
-        return next((name for name in wanted if name in present), wanted[0])
+        return next((part.name for part in self.base.identity.components if part.answers(wanted)), wanted[0])
 
     def _place_module(self, module: Module, component: str, found: Found | None) -> None:
         self.into.total[component] += 1
         if found is None:
             self._list_unmatched(module, component)
             return
-        for update in module.updates:
+        if module.name in self.stacks.found:
+            for share in self.stacks.found[module.name][1]:
+                self._add(module, self._share_term(module, component, share), share.place)
+            self.into.matched[component] += 1
+            return
+        updates = [update for update in module.updates if update.parameter in found.parameters or not update.optional]
+        for update in updates:
             if update.parameter not in found.parameters:
                 reason = f"the base has no {update.parameter} at {found.module}"
                 self.into.unmatched.append(Unmatched(module.name, self.name, reason, None))
                 return
-        for update in module.updates:
-            (place,) = found.parameters[update.parameter]
-            try:
-                region = self._region(update, place, found)
-            except _Misfit as misfit:
-                self.misfits.append((module, str(misfit)))
-                self.misfit_shapes[found.module] = update.delta
-                return
-            self._add_term(module, component, update, place.tensor, region)
+        for update in updates:
+            for place in found.parameters[update.parameter]:
+                if self._replaces(update, place, found):
+                    self.into.replaced[place.tensor] = self._stored(update.factors["value"])
+        for update in updates:
+            self._pad(update, found)
+        try:
+            for update in updates:
+                check_parts(update, found.parameters[update.parameter])
+            landed = [
+                (self._term(module, component, update, place, region), place)
+                for update in updates
+                for place in found.parameters[update.parameter]
+                if not self._replaces(update, place, found)
+                for region in self._regions(module, update, place, found)
+            ]
+        except Misfit as misfit:
+            self.misfits.append((module, str(misfit)))
+            return
+        for term, place in landed:
+            self._add(module, term, place)
         self.into.matched[component] += 1
 
-    def _region(self, update: Update, place: Place, found: Found) -> Region:
-        """The part of the target that the update covers; raises _Misfit if there is none."""
-        shape = self.base.tensors[place.tensor].shape
-        height, width = as_matrix(shape)
-        first, last = place.rows or (0, height)
-        room = (last - first, width)
-        straight, flipped = update.delta == room, update.delta[::-1] == room
-        if update.transposed != place.transposed:
-            transposed, fits = True, flipped
-        elif self._stored_in_out(found) and flipped:
-            transposed, fits = True, True
-        else:
-            transposed, fits = False, straight
-        if fits:
-            return Region((first, last), (0, width), transposed)
+    def _replaces(self, update: Update, place: Place, found: Found) -> bool:
+        """True if stored values take the place of a whole tensor; of a vocabulary they may be more."""
+        if update.algorithm != "set" or update.row_numbers or place != Place(place.tensor):
+            return False
+        stored, there = update.extent, as_matrix(self.base.tensors[place.tensor].shape)
+        grows = found.module.rpartition(".")[2] in VOCABULARY_LEAVES and (stored[0] or 0) > there[0]
+        return stored == there or (grows and stored[1] == there[1])
+
+    def _pad(self, update: Update, found: Found) -> None:
+        """Note it if the update is for a larger tensor, which the base's is padded to with zeros.
+
+        Source: ComfyUI weight_adapter/lora.py (reshape_weight), diffusers loaders/lora_pipeline.py for Flux.
+        """
+        places = found.parameters[update.parameter]
+        tensor = places[0].tensor
+        shape = self._shape_of(tensor)
+        grown = update.grown
+        rows, columns = update.extent
+        if not grown and self.base.identity.family == "flux" and found.module in _LATENT_INPUTS and len(shape) == 2:
+            grown = (shape[0], max(shape[1], columns or 0)) if rows == shape[0] else ()
+        is_larger = len(grown) == len(shape) > 1 and all(new >= old for new, old in zip(grown, shape, strict=True))
+        if grown == shape or not is_larger or grown[2:] != shape[2:] or places != (Place(tensor),):
+            return
+        self.into.padded[tensor] = grown
+        self.into.notes.append(f"{self.name}: {tensor} grows from {list(shape)} to {list(grown)}, filled with zeros")
+
+    def _shape_of(self, tensor: str) -> tuple[int, ...]:
+        """The shape that updates of `tensor` have to fit."""
+        if tensor in self.into.padded:
+            return self.into.padded[tensor]
+        stored = self.into.replaced.get(tensor)
+        shape = self.base.tensors[tensor].shape
+        return shape if stored is None or math.prod(stored.shape) == math.prod(shape) else stored.shape
+
+    def _regions(self, module: Module, update: Update, place: Place, found: Found) -> list[Region]:
+        """The parts of the target that the update covers; raises Misfit if it does not fit there."""
+        shape = self._shape_of(place.tensor)
+        if place.stacked and len(shape) == 3:
+            shape = (shape[0] * shape[1], shape[2])
+        narrower = self._narrower(module, found, shape, update)
+        try:
+            fitted = fit(update, place, shape, self._stored_in_out(found), narrower)
+        except Misfit:
+            self.misfit_shapes[found.module] = tuple(size or 0 for size in update.extent)
+            raise
+        for region in fitted:
+            self._check_divisible(module, update, region, shape)
+        return fitted
+
+    def _check_divisible(self, module: Module, update: Update, region: Region, shape: tuple[int, ...]) -> None:
+        """Raise Unsupported if rows of the update that hang together would lie in several tensors."""
+        if region.part == (0, region.height) or update.row_numbers:
+            return
+        block = update.block
+        if update.magnitude is not None and self._decomposition(module, update, region, shape).axis == 1:
+            block = None  # a channel's length is that over all rows
+        if block is None or any(edge % block for edge in region.part):
+            raise Unsupported(
+                f"{self.adapter.source.path}: {module.name!r} is one {update.algorithm} module over a projection that "
+                f"the base stores in several tensors, and its rows cannot be changed apart from each other. "
+                f"Use a base in the layout that the adapter was trained on.",
+                module=module.name,
+            )
+
+    def _narrower(self, module: Module, found: Found, shape: tuple[int, ...], update: Update) -> Iterator[int]:
+        """Columns of the target that an update may leave alone, as numbers of those it covers from the left."""
         if self._is_widened_input(found, shape, update):
-            return Region((first, last), (0, update.delta[1]), False)
-        part = f" rows {first} to {last}" if place.rows is not None else ""
-        hint = " (it would fit transposed)" if flipped else ""
-        raise _Misfit(
-            f"the update is {update.delta[0]} x {update.delta[1]}, {place.tensor}{part} is {list(shape)}{hint}"
-        )
+            yield 4 * shape[2] * shape[3]
+        # XLabs trains the output of attention alone; the base has the projection of the MLP beside it.
+        if module.readings[0].dialect == "xlabs" and found.module.endswith(_JOINED_OUTPUTS):
+            yield shape[0]
 
     def _stored_in_out(self, found: Found) -> bool:
         """True where the adapter's configuration or the architecture says that the base stores (in, out)."""
@@ -261,27 +352,82 @@ class AdapterMatcher:
         """
         if self.base.identity.variant is None or found.module not in _FIRST_CONVOLUTIONS or len(shape) != 4:
             return False
-        kernel = shape[2] * shape[3]
-        return update.delta[0] == shape[0] and update.delta[1] == 4 * kernel
+        return update.extent == (shape[0], 4 * shape[2] * shape[3])
 
-    def _add_term(self, module: Module, component: str, update: Update, tensor: str, region: Region) -> None:
-        term = Term(
+    def _term(self, module: Module, component: str, update: Update, place: Place, region: Region) -> Term:
+        decomposition = None
+        if update.magnitude is not None:
+            decomposition = self._decomposition(module, update, region, self._shape_of(place.tensor))
+        plain_lora = update.algorithm == "lora" and not {"mid", "magnitude"} & update.factors.keys()
+        return Term(
             algorithm=update.algorithm,
             factors={factor: self._stored(name) for factor, name in sorted(update.factors.items())},
-            scale=update.scale * self.choice.weight_for(component),
+            scale=update.scale,
+            weight=self.choice.weight_for(component),
             rows=region.rows,
             columns=region.columns,
+            part=region.part,
+            height=region.height,
             transposed=region.transposed,
             adapter=self.place,
             module=module.name,
-            rank_limit=self.choice.rank_limit if update.algorithm == "lora" and "mid" not in update.factors else None,
+            dora=decomposition,
+            settings=self._settings(update, region, self.base.tensors[place.tensor].shape),
+            rank_limit=self.choice.rank_limit if plain_lora else None,
         )
-        for other, owner in self.taken.get(tensor, []):
-            if region.overlaps(other):
-                self._check_same(owner, other, module, term, tensor)
+
+    def _share_term(self, module: Module, component: str, share: Share) -> Term:
+        (update,) = module.updates
+        return Term(
+            algorithm=update.algorithm,
+            factors={factor: self._stored(name) for factor, name in sorted(update.factors.items())},
+            scale=share.scale,
+            weight=self.choice.weight_for(component),
+            rows=share.rows,
+            columns=share.columns,
+            part=share.part,
+            height=share.height,
+            transposed=share.place.transposed,
+            adapter=self.place,
+            module=module.name,
+            settings={"expert": share.expert, "experts": share.experts},
+        )
+
+    def _add(self, module: Module, term: Term, place: Place) -> None:
+        for other, owner in self.taken.get(place.tensor, []):
+            # one module may do several things to its tensor, as a LoRA with a sparse remainder
+            if owner is not module and _overlap(term, other):
+                self._check_same(owner, other, module, term, place.tensor)
                 return
-        self.taken.setdefault(tensor, []).append((term, module))
-        self.into.terms.setdefault(tensor, []).append(term)
+        if place.stacked and len(self.base.tensors[place.tensor].shape) == 3:
+            self.into.stacks.add(place.tensor)
+        self.taken.setdefault(place.tensor, []).append((term, module))
+        self.into.terms.setdefault(place.tensor, []).append(term)
+
+    def _settings(self, update: Update, region: Region, shape: tuple[int, ...]) -> dict[str, float | None]:
+        settings = dict(update.settings)
+        if update.algorithm == "oft-peft" and "neumann_terms" not in settings and len(shape) > 2:
+            settings["transposed"] = False  # no configuration, so OneTrainer's, which turns convolutions the other way
+        if update.algorithm == "vera":  # its matrices are shared and cut to the layer
+            across = region.rows if region.transposed else region.columns
+            settings["in_features"] = across[1] - across[0]
+        return settings
+
+    def _decomposition(self, module: Module, update: Update, region: Region, shape: tuple[int, ...]) -> Decomposition:
+        """What the DoRA magnitude of `update` means; raises Misfit if it fits neither axis."""
+        assert update.magnitude is not None
+        stored = self.adapter.source.file.tensors[update.factors["magnitude"]].shape
+        width = region.columns[1] - region.columns[0]
+        weight = (width, region.height) if region.transposed else (region.height, width // math.prod(shape[2:]))
+        try:
+            axis = magnitude_axis(update.magnitude, stored, weight)
+        except ValueError as error:
+            raise Misfit(str(error)) from None
+        if not axis.certain:
+            self.unsure_axes.append(module.name)
+        elif axis.axis == 1:
+            self.has_input_axis = True  # one trainer wrote the file: it settles the others
+        return Decomposition(axis.axis, 0.0 if update.magnitude == "lora_magnitude_vector" else _EPSILON)
 
     def _stored(self, name: str) -> Stored:
         info = self.adapter.source.file.tensors[name]
@@ -290,7 +436,7 @@ class AdapterMatcher:
     def _check_same(self, owner: Module, other: Term, module: Module, term: Term, tensor: str) -> None:
         """Two modules for one place are fine if they are copies of each other, and a contradiction if not."""
         file = self.adapter.source.file
-        same = (other.algorithm, other.scale, other.rows) == (term.algorithm, term.scale, term.rows) and all(
+        same = dataclasses.replace(term, module=other.module, factors=other.factors) == other and all(
             factor in term.factors
             and read_tensor_bytes(file, stored.name) == read_tensor_bytes(file, term.factors[factor].name)
             for factor, stored in other.factors.items()
@@ -335,7 +481,13 @@ class AdapterMatcher:
         )
 
 
+def _overlap(one: Term, two: Term) -> bool:
+    return all(
+        mine[0] < theirs[1] and theirs[0] < mine[1]
+        for mine, theirs in ((one.rows, two.rows), (one.columns, two.columns))
+    )
+
+
 def _nearest(reading: Address, known: Iterable[str]) -> str | None:
     names = (flatten(path) for path in known) if reading.style == "flat" else known
-    close = difflib.get_close_matches(reading.path, list(names), n=1, cutoff=0.6)
-    return close[0] if close else None
+    return next(iter(nearest_names(reading.path, names, 1)), None)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from bake.keys.factors import Decomposition, as_matrix
 
 SCHEMA = 1
 
@@ -35,19 +38,29 @@ class Stored:
     shape: tuple[int, ...]
     span: tuple[int, int]  # [begin, end) in that file's data section, bytes
 
+    @property
+    def as_rows(self) -> tuple[int, int]:
+        """(rows, columns) of a list of vectors; a single vector is one row."""
+        return (1, self.shape[0]) if len(self.shape) == 1 else (self.shape[0], self.shape[1])
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
     """One adapter module's contribution to one tensor."""
 
-    algorithm: str
+    algorithm: str  # a row of bake.keys.factors.ALGORITHMS
     factors: dict[str, Stored]
-    scale: float  # alpha / rank * weight; unitless
+    scale: float  # alpha / rank; unitless
+    weight: float  # what the user typed, for this component
     rows: tuple[int, int]  # [first, past the last) row of the tensor seen as a matrix
     columns: tuple[int, int]
+    part: tuple[int, int]  # the rows of the update, oriented as the tensor is, that go there
+    height: int  # all rows that the update has, likewise
     transposed: bool  # the factors give (columns, rows)
     adapter: int  # place in Plan.adapters
     module: str
+    dora: Decomposition | None = None  # what the factor "magnitude" means, where there is one
+    settings: dict[str, float | None] = field(default_factory=dict)  # further constants of the algorithm
     rank_limit: int | None = None  # of LoRA factors, only this many ranks count
 
 
@@ -61,12 +74,31 @@ class TensorPlan:
     span: tuple[int, int]  # [begin, end) in the output's data section, bytes
     source: Stored
     component: str  # "" for tensors that belong to none
-    terms: tuple[Term, ...] = ()  # in the order they are added
+    terms: tuple[Term, ...] = ()  # in the order they are applied
+    appended: tuple[Stored, ...] = ()  # vectors (n, columns) that follow the source's rows, cast to `dtype`
+    replaced: bool = False  # the source is an adapter's tensor, which is looked at like every update
+    stacked: bool = False  # a stack of matrices (experts): rows are counted through the stack
+
+    @property
+    def is_padded(self) -> bool:
+        """True if the source is the beginning of a larger tensor of zeros, row by row and column by column."""
+        return not self.appended and math.prod(self.source.shape) < math.prod(self.shape)
+
+    @property
+    def view(self) -> tuple[int, ...]:
+        """The shape in which rows are counted: of a stack (E, h, w) it is (E * h, w). Without what is appended."""
+        shape = self.shape if self.is_padded else self.source.shape
+        return (shape[0] * shape[1], *shape[2:]) if self.stacked else shape
+
+    @property
+    def source_size(self) -> tuple[int, int]:
+        """(rows, columns) of the source in that view: all of it, or the upper left corner of what is padded."""
+        return as_matrix(self.source.shape if self.is_padded else self.view)
 
     @property
     def is_copy(self) -> bool:
-        """True if the stored bytes are the result."""
-        return not self.terms and self.dtype == self.source.dtype
+        """True if the stored bytes are the result, as far as the source goes."""
+        return not self.terms and self.dtype == self.source.dtype and not (self.is_padded or self.replaced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +119,26 @@ class SideFile:
     relative: str
     source: Path | None
     content: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingVectors:
+    """The vectors that stand for a token in one text encoder."""
+
+    key: str  # name of the tensor in a file of its own
+    encoder: str | None  # clip_l, clip_g, ...; None if neither name nor width tells
+    stored: Stored
+    tokens: tuple[str, ...] = ()  # added to the output's tokenizer, one for each vector
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPlan:
+    """A token's embedding that travels in an adapter, and where it goes."""
+
+    token: str
+    adapter: int  # place in Plan.adapters
+    vectors: tuple[EmbeddingVectors, ...]  # one for each text encoder
+    file: str | None  # its textual-inversion file, a name in the folder beside the output; None: none is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +206,7 @@ class Plan:
     notes: tuple[str, ...]
     settings: dict[str, Any]  # what the recipe record needs to be replayed
     record: bool
+    embeddings: tuple[EmbeddingPlan, ...] = ()
     schema: int = SCHEMA
 
     def tensors(self) -> Iterator[tuple[FilePlan, TensorPlan]]:

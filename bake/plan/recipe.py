@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# What becomes of token embeddings that travel in adapters: files of their own, part of the model, left out.
+EMBEDDING_MODES = ("beside", "add", "drop")
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterChoice:
@@ -45,6 +48,7 @@ class Recipe:
     allow_unmatched: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)  # added to the output's
     record: bool = True  # write names, weights and digests of the inputs into the output
+    embeddings: str = "beside"  # one of EMBEDDING_MODES
 
     def wants(self, component: str) -> bool:
         """True if modules of `component` are to be fused."""

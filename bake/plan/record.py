@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import FAMILIES
 from bake.io.digest import Digest
 from bake.plan.model import AdapterUse, FilePlan, Plan
@@ -33,16 +34,17 @@ _IMPLEMENTATIONS = {
 PLACEHOLDER = Digest("0" * 64, "0" * 8)
 
 
-def carried_metadata(base: Mapping[str, str], family: str, layout: str, added: Mapping[str, str]) -> dict[str, str]:
+def carried_metadata(base: Mapping[str, str], identity: BaseIdentity, added: Mapping[str, str]) -> dict[str, str]:
     """The base's metadata without what is stale, with the family's ModelSpec identity and the user's keys."""
     kept = {key: value for key, value in base.items() if key not in _STALE and not key.startswith(_STALE_PREFIXES)}
     if kept.get("format") not in _FORMATS:
         kept["format"] = "pt"
-    known = FAMILIES.get(family)
-    if known is not None and known.modelspec:
+    known = FAMILIES.get(identity.family)
+    architecture = known.architecture(identity.variant) if known is not None else ""
+    if architecture:
         kept.setdefault("modelspec.sai_model_spec", "1.0.0")
-        kept.setdefault("modelspec.architecture", known.modelspec)
-        kept.setdefault("modelspec.implementation", _IMPLEMENTATIONS[layout])
+        kept.setdefault("modelspec.architecture", architecture)
+        kept.setdefault("modelspec.implementation", _IMPLEMENTATIONS[identity.layout])
     return kept | dict(added)
 
 

@@ -68,6 +68,7 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
             dtype=str(settings["dtype"]),
             only=tuple(str(name) for name in settings["only"]),
             allow_unmatched=bool(settings["allow_unmatched"]),
+            embeddings=str(settings["embeddings"]),
         )
     except _NotFound as missing:
         where = ", ".join(str(folder) for folder in folders)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import save
 
-from bake.errors import FolderError, InputError, UsageError
+from bake.errors import FolderError, InputError, Unsupported, UsageError
 from bake.io.checkpoint import open_checkpoint
 
 ONE = np.ones((2, 2), np.float16)
@@ -160,3 +160,9 @@ def test_shards_may_be_links_as_in_the_hub_cache(sharded: Path, tmp_path: Path) 
 def test_a_missing_base_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         open_checkpoint(tmp_path / "nothing.safetensors")
+
+
+def test_a_folder_of_gguf_files_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(Unsupported, match="GGUF"):
+        open_checkpoint(tmp_path)

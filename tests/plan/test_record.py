@@ -12,6 +12,7 @@ from support import load, metadata, save
 
 import bake
 from bake.api import build_plan, fuse
+from bake.identify.checkpoint import BaseIdentity
 from bake.plan.record import RECIPE_KEY, carried_metadata
 
 
@@ -91,14 +92,14 @@ def test_stale_identities_are_dropped_and_load_bearing_keys_kept() -> None:
         **{"prompt": "{}", "workflow": "{}", "modelspec.title": "old", "modelspec.date": "2020"},
         **{"config": '{"transformer": {}}', "_quantization_metadata": "{}", "modelspec.license": "MIT", "own": "x"},
     }
-    found = carried_metadata(base, "sd1", "original", {})
+    found = carried_metadata(base, BaseIdentity("sd1", "original", ()), {})
     assert {key for key in base if key in found} == {"config", "_quantization_metadata", "modelspec.license", "own"}
 
 
 @pytest.mark.parametrize(("stored", "kept"), [("mlx", "mlx"), ("pt", "pt"), ("np", "pt"), (None, "pt")])
 def test_the_format_key_is_one_that_loaders_accept(stored: str | None, kept: str) -> None:
     base = {} if stored is None else {"format": stored}
-    assert carried_metadata(base, "llama", "huggingface", {})["format"] == kept
+    assert carried_metadata(base, BaseIdentity("llama", "huggingface", ()), {})["format"] == kept
 
 
 def test_damaged_records_of_the_base_do_not_stop_a_bake(tmp_path: Path) -> None:
