@@ -84,6 +84,11 @@ def _copy_untouched(task: Task) -> None:
             for place, begin, end, offset in _copied_spans(file):
                 with task.files.using(place) as source:
                     _copy_span(source, begin, end, output, target.data_start + offset, copied)
+            for tensor in file.tensors:
+                if tensor.appended:
+                    from bake.execute.appended import write_appended  # brings torch
+
+                    copied(write_appended(tensor, task.files, output, target.data_start))
         finally:
             os.close(output)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bake.dtypes import DTYPES
 from bake.execute.chunk import Chunk, chunks, largest_chunk
-from bake.execute.compute import Survival, Work
+from bake.execute.compute import Survival, Work, work_on
 from bake.execute.device import choose_device
 from bake.execute.engine import Task
 from bake.execute.team import Channel, Closed
 from bake.io.files import open_for_writing, write_at
-from bake.io.payload import view_as
+from bake.io.payload import read_padded, view_as
 from bake.io.tensorfile import TensorFile
 from bake.plan.model import TensorPlan
 
@@ -53,7 +53,7 @@ class Pipeline:
         self._task = task
         self._device = choose_device(task.options.device)
         tensors = [tensor for _, tensor in task.plan.tensors() if not tensor.is_copy]
-        self._elements = max(largest_chunk(tensor.shape) for tensor in tensors)
+        self._elements = max(largest_chunk(tensor.view) for tensor in tensors)
         self._widest = max(_item_bytes(tag) for tensor in tensors for tag in (tensor.dtype, tensor.source.dtype))
         self._workers = task.options.threads or min(_MAX_WORKERS, os.cpu_count() or 1)
         self._working = self._workers
@@ -93,9 +93,9 @@ class Pipeline:
         for file, tensor in self._task.plan.tensors():
             if tensor.is_copy:
                 continue
-            work = Work(tensor, self._task.files, self._device)
+            work = work_on(tensor, self._task.files, self._device)
             with self._task.files.using(tensor.source.input) as source:
-                for chunk in chunks(tensor.shape):
+                for chunk in chunks(tensor.view):
                     slot = self._free.get()
                     _fill(slot.raw, tensor, source, chunk)
                     self._loaded.put(_Job(slot, work, chunk, file.relative))
@@ -110,7 +110,7 @@ class Pipeline:
                 shape = (job.chunk.last - job.chunk.first, job.chunk.columns)
                 raw = view_as(job.slot.raw, job.work.plan.source.dtype, shape)
                 out = view_as(job.slot.out, job.work.plan.dtype, shape)
-                survival = job.work.fuse(raw, out, job.chunk, scratch.view(job.work.dtype))
+                survival = job.work.fuse(raw, out, job.chunk, scratch)
                 self._count(job.work.plan.component, survival)
                 self._finished.put(job)
         except Closed:
@@ -147,8 +147,14 @@ class Pipeline:
 
 
 def _fill(raw: Tensor, tensor: TensorPlan, source: TensorFile, chunk: Chunk) -> None:
-    size = _item_bytes(tensor.source.dtype)
-    begin = tensor.source.span[0] + chunk.first * chunk.columns * size
+    stored = tensor.source
+    if tensor.is_padded:
+        out = view_as(raw, stored.dtype, (chunk.last - chunk.first, chunk.columns))
+        rows = range(chunk.first, chunk.last)
+        out.copy_(read_padded(source, stored.span[0], stored.dtype, tensor.source_size, chunk.columns, rows, out.dtype))
+        return
+    size = _item_bytes(stored.dtype)
+    begin = stored.span[0] + chunk.first * chunk.columns * size
     source.read_into(begin, raw.numpy().data[: chunk.elements * size])
 
 

@@ -61,8 +61,11 @@ class Team:
         self._lock = threading.Lock()
 
     def add_channel(self, channel: Channel[T]) -> Channel[T]:
-        """Have `channel` closed when the team fails."""
-        self._channels.append(channel)
+        """Have `channel` closed when the team fails; at once if it has failed already."""
+        with self._lock:
+            self._channels.append(channel)
+        if self._error is not None:
+            channel.close(discard=True)
         return channel
 
     def start(self, name: str, task: Callable[[], None]) -> None:
@@ -82,7 +85,8 @@ class Team:
         """Make `error` the team's, unless it has one, and let everybody stop at the next step."""
         with self._lock:
             self._error = self._error or error
-        for channel in self._channels:
+            channels = list(self._channels)
+        for channel in channels:
             channel.close(discard=True)
 
     def check(self) -> None:

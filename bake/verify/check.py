@@ -9,15 +9,19 @@ from bake.io.fileset import Expected, FileSet
 from bake.io.tensorfile import open_tensors
 from bake.plan.model import Plan
 from bake.progress import Progress
+from bake.verify.embeddings import check_embedding_files
 from bake.verify.report import Report
 from bake.verify.structure import check_structure, check_untouched
 
 
-def check_files(plan: Plan, paths: Mapping[str, Path], full: bool, progress: Progress) -> Report:
+def check_files(
+    plan: Plan, paths: Mapping[str, Path], full: bool, progress: Progress, embeddings: Mapping[str, Path]
+) -> Report:
     """What is wrong with the output files at `paths` (by relative path), measured against `plan`.
 
-    full: every byte and element; else structure, some bytes of each untouched tensor and some rows of
-    a sample of the touched ones. Raises InputError for files that cannot be read at all.
+    embeddings: where the textual-inversion files are, by name. full: every byte and element; else
+    structure, some bytes of each untouched tensor and some rows of a sample of the touched ones.
+    Raises InputError for files that cannot be read at all.
     """
     report = Report("full" if full else "sample")
     files = FileSet([Expected(source.path, source.size, source.modified) for source in plan.inputs])
@@ -39,7 +43,13 @@ def check_files(plan: Plan, paths: Mapping[str, Path], full: bool, progress: Pro
                     report.touched_tensors += 1
                     check_tensor(tensor, blocks, output, files, report)
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
+            for tensor in file.tensors:
+                if tensor.appended:
+                    from bake.verify.numeric import check_appended  # brings torch
+
+                    check_appended(tensor, output, files, report)
         finally:
             output.close()
+    check_embedding_files(plan, embeddings, report)
     progress.finish()
     return report

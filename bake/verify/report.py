@@ -21,6 +21,8 @@ class Report:
     equal: int = 0  # of these, equal to the float64 value rounded once
     max_ulp: float = 0.0  # largest error, in units of the last place of the larger of base and result
     worst: str | None = None  # tensor with that error
+    embeddings: int = 0  # appended to a model, or files beside it, compared with what the adapters hold
+    embeddings_not_found: list[str] = field(default_factory=list)  # files beside it that are not there any more
     findings: list[str] = field(default_factory=list)
 
     @property
@@ -48,6 +50,7 @@ class Report:
             "equal_share": self.equal_share,
             "max_ulp": self.max_ulp,
             "worst": self.worst,
+            "embeddings": {"checked": self.embeddings, "not_found": self.embeddings_not_found},
             "findings": self.findings,
         }
 

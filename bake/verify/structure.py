@@ -42,7 +42,7 @@ def check_structure(file: FilePlan, output: TensorFile, report: Report) -> bool:
 
 def check_untouched(tensor: TensorPlan, output: TensorFile, files: FileSet, full: bool, report: Report) -> None:
     """Compare an untouched tensor with the base: all its bytes, or the first block and one chosen by its name."""
-    size = tensor.span[1] - tensor.span[0]
+    size = tensor.source.span[1] - tensor.source.span[0]
     begin = output.tensors[tensor.name].begin
     report.untouched_tensors += 1
     with files.using(tensor.source.input) as base:

@@ -237,7 +237,7 @@ class TestFailures:
             fuse(base, [save(lora, arrays)], tmp_path / "out.safetensors")
         self.assert_clean(tmp_path)
 
-    @pytest.mark.parametrize("stage", ["_fill", "write_at", "Work"])
+    @pytest.mark.parametrize("stage", ["_fill", "write_at", "work_on"])
     def test_a_failure_in_any_stage_stops_the_run_and_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
     ) -> None:

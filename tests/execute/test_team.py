@@ -74,3 +74,13 @@ def test_a_team_without_failures_ends_quietly() -> None:
         team.start(str(number), lambda number=number: done.append(number))
     team.join()
     assert sorted(done) == [0, 1, 2]
+
+
+def test_a_channel_that_comes_after_the_failure_is_closed_too() -> None:
+    team = Team()
+    team.stop(ZeroDivisionError("early"))
+    channel: Channel[int] = team.add_channel(Channel(1))
+    with pytest.raises(Closed):
+        channel.get()
+    with pytest.raises(ZeroDivisionError):
+        team.join()
