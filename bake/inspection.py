@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bake.errors import BakeError, InputError
+from bake.doctor import diagnose
+from bake.errors import BakeError, InputError, UsageError
 from bake.identify.adapter import Adapter, identify_adapter, is_adapter
 from bake.identify.checkpoint import identify_checkpoint
 from bake.identify.families import title
+from bake.identify.fingerprints import trainer_of
 from bake.identify.others import kind_of
+from bake.identify.parts import component_of, in_order
 from bake.identify.quantised import quantisation_of
+from bake.identify.training import training_of
 from bake.io.adapter import AdapterFile, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.io.digest import data_sha256, digest_file
-from bake.plan.build import build_plan
-from bake.plan.recipe import AdapterChoice, Recipe
+from bake.io.tensorfile import read_number
+from bake.keys.factors import split_key
 from bake.plan.record import RECIPE_KEY
 
 
-def inspect(path: str | Path, against: str | Path | None = None, hashes: bool = False) -> dict[str, Any]:
+def inspect(
+    path: str | Path, against: str | Path | None = None, hashes: bool = False, norms: bool = False
+) -> dict[str, Any]:
     """Return what the file or folder at `path` is, as plain JSON data, from names and headers.
 
-    Keys: kind, family, layout (checkpoint) or dialects (adapter), algorithms, ranks, tensors, dtypes,
-    metadata, hashes and more. against: a base; says then, under "coverage", what of the adapter
-    would map and why not. hashes: also read every byte for its digests.
-    Raises InputError for what cannot be read, Unsupported for formats bake knows only by name.
+    Keys: kind, family, layout (checkpoint) or dialects (adapter), algorithms, ranks, components,
+    training, tensors, dtypes, metadata, hashes and more. against: a base; says then, under "coverage",
+    what of the adapter would map and why not, as `bake.doctor.diagnose` gives it. hashes: also read
+    every byte for its digests. norms: also read the weights of an adapter for the size of its updates.
+    Raises InputError for what cannot be read, Unsupported for formats bake knows only by name,
+    UsageError if `against` or `norms` is asked of anything but an adapter.
     """
     path = Path(path)
     source = _adapter_at(path)
     if source is not None:
-        found = _describe_adapter(identify_adapter(source))
+        adapter = identify_adapter(source)
+        found = _describe_adapter(adapter)
         if against is not None:
-            found["coverage"] = _coverage(path, Path(against))
+            found["coverage"] = diagnose(adapter, Path(against))
+        if norms:
+            from bake.norms import measure_norms  # needs torch, which nothing else here does
+
+            found["norms"] = measure_norms(adapter)
     else:
         found = _describe_other(path)
+        if against is not None or norms:
+            option = "--against" if against is not None else "--norms"
+            raise UsageError(f"{option} is for adapters; {path} is {found['kind']}")
     if hashes:
         found["hashes"] = {str(file): _hashes(file) for file in _weight_files(path)}
     return found
@@ -105,9 +121,12 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "evidence": [adapter.evidence] if adapter.evidence else [],
         "dialects": list(adapter.dialects),
         "algorithms": list(adapter.algorithms),
+        "trainer": trainer_of(file.tensors, file.metadata),
         "supported": not adapter.refusals,
         "refusal": adapter.refusals[0].message if adapter.refusals else None,
         "ranks": list(adapter.ranks),
+        "components": _components(adapter),
+        "training": training_of({**_texts(adapter.source.config), **file.metadata}).to_json(),
         "modules": len(adapter.modules),
         "embeddings": list(adapter.embeddings),
         "unknown": list(adapter.unknown),
@@ -120,19 +139,46 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _coverage(adapter: Path, base: Path) -> dict[str, Any]:
-    """What of the adapter has a place in `base`; the refusal where fusing would be refused."""
-    try:
-        plan = build_plan(Recipe(base, (AdapterChoice(adapter),)))
-    except BakeError as refusal:
-        return {
-            "fits": False,
-            "refusal": {"code": refusal.code, "exit": refusal.exit_code, "message": refusal.message},
-            "components": refusal.details.get("components", {}),
-            "unmatched": refusal.details.get("unmatched", []),
-        }
-    components = {name: dataclasses.asdict(part) for name, part in plan.components.items()}
-    return {"fits": True, "refusal": None, "components": components, "unmatched": []}
+def _components(adapter: Adapter) -> dict[str, Any]:
+    """Component -> its modules, algorithms, ranks, alphas and scales, each value with its count."""
+    alphas = _alphas(adapter)
+    found: dict[str, dict[str, Counter[Any]]] = {}
+    modules: Counter[str] = Counter()
+    for module in adapter.modules:
+        component = component_of(module, adapter)
+        counts = found.setdefault(component, {key: Counter() for key in ("algorithms", "ranks", "alphas", "scales")})
+        modules[component] += 1
+        for update in module.updates:
+            counts["algorithms"][update.algorithm] += 1
+            counts["scales"][update.scale] += 1
+            if update.rank is not None:
+                counts["ranks"][update.rank] += 1
+                counts["alphas"][alphas.get(module.name)] += 1
+    return {
+        name: {"modules": modules[name], **{key: _counted(counter) for key, counter in counts.items()}}
+        for name, counts in sorted(found.items(), key=lambda item: in_order(item[0]))
+    }
+
+
+def _alphas(adapter: Adapter) -> dict[str, float]:
+    """module -> the alpha stored for it; modules that are refused may hold anything of that name."""
+    file, found = adapter.source.file, {}
+    for key, info in file.tensors.items():
+        split = split_key(key)
+        if split is not None and split[1].factor == "alpha" and math.prod(info.shape) == 1:
+            found[split[0]] = read_number(file, key)
+    return found
+
+
+def _counted(counter: Counter[Any]) -> list[dict[str, Any]]:
+    """Values with their counts, the most frequent first."""
+    ordered = sorted(counter.items(), key=lambda item: (-item[1], str(item[0])))
+    return [{"value": value, "count": count} for value, count in ordered]
+
+
+def _texts(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """The entries of an adapter_config.json that are texts: the base's name is one of them."""
+    return {key: value for key, value in (config or {}).items() if isinstance(value, str)}
 
 
 def _weight_files(path: Path) -> Iterable[Path]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from bake.dtypes import OUTPUT_DTYPES
-from bake.plan.recipe import AdapterChoice
+from bake.plan.recipe import EMBEDDING_MODES, AdapterChoice
 from bake.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -122,6 +122,15 @@ adapter_options = stack(
     ),
 )
 
+embeddings_option = click.option(
+    "--embeddings",
+    type=click.Choice(EMBEDDING_MODES),
+    default="beside",
+    show_default=True,
+    help="Token embeddings that travel in adapters: beside writes them as textual-inversion files into "
+    "OUTPUT.embeddings, add makes them words of a diffusers folder's tokenizer and text encoder, drop leaves them out.",
+)
+
 recipe_options = stack(
     click.option(
         "--also",
@@ -148,6 +157,7 @@ recipe_options = stack(
         is_flag=True,
         help="Fuse what matches even if some modules of an adapter have no place in the base.",
     ),
+    embeddings_option,
     click.option(
         "--metadata", multiple=True, type=KeyValue(), metavar="KEY=VALUE", help="Add to the output's metadata."
     ),

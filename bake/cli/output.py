@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 import click
 
 from bake.api import Result, output_bytes
-from bake.documents import plan_document, report_document, result_document
+from bake.documents import embedding_file, plan_document, report_document, result_document, tensor_counts
 from bake.identify.families import title
-from bake.plan.model import Plan
+from bake.plan.model import EmbeddingPlan, Plan
 from bake.plan.recipe import is_text_encoder
 from bake.progress import Progress, Silent
 from bake.sizes import format_bytes
@@ -24,6 +25,14 @@ from bake.verify.report import Report
 _WEAK = 0.9  # a survival below this is worth a warning
 _MOST_LINES = 20
 _LABEL = 10
+_CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories
+
+
+def printable(text: str) -> str:
+    """`text` with control characters spelled out: names from a stranger's file must not drive the terminal."""
+    return "".join(
+        char if unicodedata.category(char) not in _CONTROL else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 class Output:
@@ -36,7 +45,7 @@ class Output:
         print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
     def line(self, label: str, text: str) -> None:
-        click.echo(f"{label:<{_LABEL}}{text}")
+        click.echo(f"{label:<{_LABEL}}{printable(text)}")
 
     def warn(self, text: str) -> None:
         click.echo(f"warning: {text}", err=True)
@@ -55,7 +64,7 @@ class Output:
         if self.as_json:
             self.document(plan_document(plan, output, self.verbose))
         elif not self.quiet:
-            self._describe(plan)
+            self._describe(plan, output)
             where = f" to {output}" if output is not None else ""
             self.line("writes", f"{format_bytes(output_bytes(plan))}{where}; {_tensor_counts(plan)}")
             if self.verbose:
@@ -66,7 +75,7 @@ class Output:
         if self.as_json:
             self.document(result_document(result))
         elif not self.quiet:
-            self._describe(result.plan)
+            self._describe(result.plan, result.output)
             size = format_bytes(result.bytes_written)
             self.line("wrote", f"{result.output}: {_tensor_counts(result.plan)}, {size} in {result.seconds:.1f} s")
             if result.survival:
@@ -97,7 +106,7 @@ class Output:
             for finding in report.findings[:_MOST_LINES]:
                 self.line("wrong", finding)
 
-    def _describe(self, plan: Plan) -> None:
+    def _describe(self, plan: Plan, output: Path | None) -> None:
         variant = f" {plan.variant}" if plan.variant else ""
         count = sum(len(file.tensors) for file in plan.files)
         self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {plan.layout} layout, {count} tensors")
@@ -122,6 +131,8 @@ class Output:
             self.line("unmatched", f"{missing.module} ({missing.adapter}): {missing.reason}{nearest}")
         if len(plan.unmatched) > _MOST_LINES:
             self.line("unmatched", f"... and {len(plan.unmatched) - _MOST_LINES} more (--json lists all)")
+        for embedding in plan.embeddings:
+            self.line("embedding", _embedding(embedding, plan, output))
         for note in plan.notes:
             self.line("note", note)
 
@@ -129,9 +140,22 @@ class Output:
         for file, tensor in plan.tensors():
             if not tensor.is_copy:
                 shape = "x".join(map(str, tensor.shape))
-                terms = ", ".join(f"{term.module} * {term.scale:g}" for term in tensor.terms)
+                terms = ", ".join(f"{term.module} * {term.scale * term.weight:g}" for term in tensor.terms)
                 where = f"{file.relative}:" if file.relative else ""
                 click.echo(f"  {where}{tensor.name} {tensor.dtype} {shape}: {terms}")
+
+
+def _embedding(embedding: EmbeddingPlan, plan: Plan, output: Path | None) -> str:
+    """What the embedding is and where it goes."""
+    sizes = ", ".join(
+        f"{count} vector{'s' if count > 1 else ''}{f' for {vectors.encoder}' if vectors.encoder else ''}"
+        for vectors in embedding.vectors
+        for count in [vectors.stored.as_rows[0]]
+    )
+    file = embedding_file(embedding, output)
+    tokens = dict.fromkeys(token for vectors in embedding.vectors for token in vectors.tokens)
+    where = f"in {file}" if file is not None else f"added to the tokenizer as {', '.join(tokens)}"
+    return f"{embedding.token} of {plan.adapters[embedding.adapter].name}: {sizes}, {where}"
 
 
 def _component_label(name: str, plan: Plan) -> str:
@@ -141,10 +165,9 @@ def _component_label(name: str, plan: Plan) -> str:
 
 
 def _tensor_counts(plan: Plan) -> str:
-    fused = sum(bool(tensor.terms) for _, tensor in plan.tensors())
-    copied = sum(tensor.is_copy for _, tensor in plan.tensors())
-    converted = sum(len(file.tensors) for file in plan.files) - fused - copied
-    return f"{fused} tensors fused, {f'{converted} converted, ' if converted else ''}{copied} copied unchanged"
+    counts = tensor_counts(plan)
+    between = "".join(f"{counts[how]} {how}, " for how in ("grown", "converted") if counts[how])
+    return f"{counts['fused']} tensors fused, {between}{counts['copied']} copied unchanged"
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:
@@ -155,6 +178,10 @@ def _verdict(report: Report) -> str:
     if not report.ok:
         return f"WRONG: {len(report.findings)} findings"
     parts = [f"{report.untouched_tensors} untouched tensors identical"]
+    if report.embeddings:
+        parts.append(f"{report.embeddings} embeddings identical")
+    if report.embeddings_not_found:
+        parts.append(f"not found and not checked: {', '.join(report.embeddings_not_found)}")
     if report.elements:
         share = _percent(report.equal_share, 4)
         parts.append(f"{report.equal} of {report.elements} elements equal float64 rounded once ({share})")

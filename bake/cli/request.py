@@ -46,6 +46,7 @@ def make_plan(
     dtype: str,
     only: Sequence[str],
     allow_unmatched: bool,
+    embeddings: str,
     metadata: Sequence[tuple[str, str]],
     no_recipe: bool,
 ) -> Plan:
@@ -60,6 +61,7 @@ def make_plan(
         dtype=dtype,
         only=only,
         allow_unmatched=allow_unmatched,
+        embeddings=embeddings,
         metadata=dict(metadata),
         record=not no_recipe,
     )

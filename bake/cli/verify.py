@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from bake import api
-from bake.cli.options import adapter_options, output_options
+from bake.cli.options import adapter_options, embeddings_option, output_options
 from bake.cli.output import Output
 from bake.cli.request import chosen_adapters
 from bake.dtypes import OUTPUT_DTYPES
@@ -24,6 +24,7 @@ from bake.plan.recipe import AdapterChoice
 @click.option("--dtype", type=click.Choice(["keep", *OUTPUT_DTYPES]), default="keep", help="As for fuse.")
 @click.option("--only", multiple=True, metavar="COMPONENT", help="As for fuse.")
 @click.option("--allow-unmatched", is_flag=True, help="As for fuse.")
+@embeddings_option
 @click.option(
     "--search",
     multiple=True,
@@ -43,6 +44,7 @@ def command(
     dtype: str,
     only: Sequence[str],
     allow_unmatched: bool,
+    embeddings: str,
     search: Sequence[Path],
     full: bool,
     as_json: bool,
@@ -60,11 +62,13 @@ def command(
     """
     out = Output(as_json, quiet, verbose)
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
-    if base is None and (adapters or also or only or allow_unmatched or dtype != "keep"):
+    if base is None and (adapters or also or only or allow_unmatched or dtype != "keep" or embeddings != "beside"):
         raise UsageError("adapters and their options need --base too; without it the stored recipe is replayed")
-    what = {} if base is None else {"also": also, "dtype": dtype, "only": only, "allow_unmatched": allow_unmatched}
+    what = {"also": also, "dtype": dtype, "only": only, "allow_unmatched": allow_unmatched, "embeddings": embeddings}
     with out.progress() as progress:
-        report = api.check_output(output, base, adapters, search=search, full=full, progress=progress, **what)
+        report = api.check_output(
+            output, base, adapters, search=search, full=full, progress=progress, **what if base else {}
+        )
     out.show_report(output, report)
     if not report.ok:
         raise click.exceptions.Exit(VerificationFailed.exit_code)
