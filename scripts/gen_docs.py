@@ -20,9 +20,10 @@ import click
 
 from bake import errors
 from bake.cli import COMMANDS
-from bake.identify.families import FAMILIES
-from bake.keys.dialects import PREFIXES
-from bake.keys.factors import ALGORITHMS, SCALARS, SUFFIXES
+from bake.identify.families import FAMILIES, Family
+from bake.keys.dialects import PREFIXES, Prefix
+from bake.keys.factors import ALGORITHMS, SCALARS, SUFFIXES, Algorithm, split_key
+from bake.plan.recipe import is_text_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -43,8 +44,8 @@ def algorithms() -> str:
     for name in dict.fromkeys(row.name for row in ALGORITHMS):
         forms = [row for row in ALGORITHMS if row.name == name]
         factors = dict.fromkeys(factor for row in forms for factor in row.factors if factor not in SCALARS)
-        state = "fused" if forms[0].shape is not None else "refused by name (exit 6)"
-        rows.append((name, state, ", ".join(spelling for factor in factors for spelling in spelled[factor])))
+        state = "fused" if is_fused(forms[0]) else "refused by name (exit 6)"
+        rows.append((name, state, ", ".join(spelling for factor in factors for spelling in spelled.get(factor, []))))
     return table(("algorithm", "this version", "key suffixes"), rows)
 
 
@@ -62,15 +63,57 @@ def prefixes() -> str:
 def families() -> str:
     """Which families a base may belong to."""
     rows = [
-        (row.title, f"`{row.name}`", "single file in the original layout, diffusers folder, bare UNet file")
+        (row.title, f"`{row.name}`", "single file in the original layout, diffusers folder, bare model file")
         for row in FAMILIES.values()
-        if row.modelspec
+        if row.image
     ]
     rows += [
         ("language models", "their `model_type`", "Hugging Face folder, single or sharded; single file"),
         ("anything else", "`unknown`", "a safetensors file whose tensor names are the adapter's module names"),
     ]
     return table(("family", "name", "packagings"), rows)
+
+
+PLAIN_NAMES = Prefix("", (), "dotted", "plain names")  # the reading that every name has, see dialects.addresses
+
+
+def is_fused(row: Algorithm) -> bool:
+    """True for algorithms with maths; the others are only recognised."""
+    return row.extent is not None
+
+
+def prefixes_of(family: Family) -> list[Prefix]:
+    """The prefixes with which adapters address a base of `family`: language models have no components."""
+    return [row for row in (*PREFIXES, PLAIN_NAMES) if family.image or not row.components]
+
+
+def forms_for(prefix: Prefix) -> list[Algorithm]:
+    """The fused rows whose factors can all be spelled behind `prefix`: some factors go with certain names only."""
+    keys = (f"{prefix.text}block_0_layer.{suffix}" for suffix in (*SUFFIXES, "weight"))
+    spelled = {split[1].factor for split in map(split_key, keys) if split is not None}
+    return [row for row in ALGORITHMS if is_fused(row) and spelled.issuperset(row.required)]
+
+
+def support() -> str:
+    """Algorithm x dialect x family. tests/test_support.py fuses every algorithm in every cell."""
+    fused = list(dict.fromkeys(row.name for row in ALGORITHMS if is_fused(row)))
+    dialects = list(dict.fromkeys(row.dialect for row in (*PREFIXES, PLAIN_NAMES)))
+    rows = []
+    for family in FAMILIES.values():
+        spoken = {dialect: [row for row in prefixes_of(family) if row.dialect == dialect] for dialect in dialects}
+        rows.append((family.title, *(_cell(prefixes, fused) for prefixes in spoken.values())))
+    return f"\nAll algorithms: {', '.join(fused)}.\n\n" + table(("base", *dialects), rows)
+
+
+def _cell(prefixes: list[Prefix], fused: list[str]) -> str:
+    """Which of the `fused` algorithms one dialect has for a base, and for what of it."""
+    if not prefixes:
+        return "-"
+    spelled = {row.name for prefix in prefixes for row in forms_for(prefix)}
+    missing = [name for name in fused if name not in spelled]
+    only_text = all(prefix.components and all(map(is_text_encoder, prefix.components)) for prefix in prefixes)
+    without = f" but {', '.join(missing)}" if missing else ""
+    return f"all{without}{', text encoders only' if only_text else ''}"
 
 
 def exit_codes() -> str:
@@ -89,6 +132,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "algorithms": algorithms,
     "prefixes": prefixes,
     "families": families,
+    "support": support,
     "exit-codes": exit_codes,
 }
 

@@ -26,23 +26,29 @@ ALLOWED = {
     "execute": {"errors", "dtypes", "io", "keys", "plan", "adapters", "progress"},
     "verify": {"errors", "dtypes", "io", "keys", "plan", "adapters", "progress"},
     "api": {"errors", "io", "plan", "execute", "verify", "progress"},
-    "inspection": {"errors", "io", "identify", "plan"},
+    "doctor": {"errors", "io", "keys", "identify", "plan"},
+    "norms": {"errors", "io", "keys", "identify", "adapters"},
+    "inspection": {"errors", "io", "keys", "identify", "plan", "doctor", "norms"},
+    "bugreport": {"errors", "io", "keys", "inspection"},
     "documents": {"errors", "api", "plan", "verify"},
     "cli": {
         *("errors", "dtypes", "sizes", "progress", "identify", "plan", "verify"),
-        *("api", "documents", "inspection"),
+        *("api", "documents", "inspection", "bugreport"),
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "sizes", "progress", "keys", "plan")
 WITH_TORCH = {
     PACKAGE / "io" / "payload.py",
     PACKAGE / "io" / "pickled.py",
+    PACKAGE / "execute" / "appended.py",
     PACKAGE / "execute" / "compute.py",
     PACKAGE / "execute" / "device.py",
+    PACKAGE / "execute" / "narrow.py",
     PACKAGE / "execute" / "pipeline.py",
     PACKAGE / "verify" / "numeric.py",
     PACKAGE / "verify" / "rounding.py",
     PACKAGE / "cli" / "env.py",
+    PACKAGE / "norms.py",
     *(PACKAGE / "adapters").glob("*.py"),
 }
 
