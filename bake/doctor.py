@@ -17,9 +17,10 @@ from bake.io.checkpoint import open_checkpoint
 from bake.keys.dialects import flatten
 from bake.keys.modules import ModuleIndex
 from bake.keys.nearest import nearest_names
+from bake.plan.base import Base
 from bake.plan.build import build_plan
 from bake.plan.heads import base_of
-from bake.plan.match import AdapterMatcher, Base, Matching
+from bake.plan.match import AdapterMatcher, Matching
 from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
 
 _CANDIDATES = 3  # names suggested for an unmatched module

@@ -19,7 +19,7 @@ from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.identify.families import title
 from bake.io.adapter import open_adapter
 from bake.io.checkpoint import open_checkpoint
-from bake.plan.match import check_family
+from bake.plan.base import check_family
 
 # Layers of a base that no adapter can name, and why.
 UNNAMED = (

@@ -69,6 +69,22 @@ def test_diffusers_fuse_lora(tmp_path: Path, config: dict, weight: float) -> Non
     assert changed == result.plan.components["unet"].total > 100
 
 
+def test_diffusers_loads_a_transformer_that_a_control_lora_widened(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    widths = {"in_channels": 4, "joint_attention_dim": 12, "pooled_projection_dim": 10, "axes_dims_rope": (2, 2, 4)}
+    transformer = diffusers.FluxTransformer2DModel(patch_size=1, **sizes, **widths)
+    transformer.save_pretrained(tmp_path / "pipeline" / "transformer")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    up, down = lora_factors((16, 8), dtype=np.float32)
+    factors = {"transformer.x_embedder.lora_A.weight": down, "transformer.x_embedder.lora_B.weight": up}
+    fuse(tmp_path / "pipeline", [save(tmp_path / "depth.safetensors", factors)], tmp_path / "out", verify="full")
+    ours = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    assert (ours.config.in_channels, ours.config.out_channels) == (8, 4)
+    padded = torch.nn.functional.pad(transformer.x_embedder.weight, (0, 4))
+    torch.testing.assert_close(ours.x_embedder.weight, padded + torch.from_numpy(up @ down), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
 def test_peft_merge_and_unload_of_a_language_model(tmp_path: Path, rslora: bool, shards: bool) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bake.adapters import DELTAS, LOW_RANK, STORED, TRANSFORMS, dora
@@ -56,6 +57,8 @@ class TermLike(Protocol):
     def settings(self) -> Mapping[str, float | None]: ...
     @property
     def rank_limit(self) -> int | None: ...
+    @property
+    def turn(self) -> int: ...
 
 
 class Factors(Protocol):
@@ -84,7 +87,7 @@ class Chain:
 
         Raises ValueError if the factors of a term contradict each other or the shape.
         """
-        self._steps = [_STEPS[_kind(term)](shape, term, factors) for term in terms]
+        self._steps = [_step(shape, term, factors) for term in terms]
 
     def rows(self, wanted: range, base: Rows) -> Tensor:
         """The values of the `wanted` contiguous rows after every term; base: gives the values before."""
@@ -239,12 +242,37 @@ class _Transform(_Step):
         return self.whole[rows.start - first : rows.stop - first]
 
 
+class _Turned:
+    """A term on the whole tensor whose update starts at a later row: it gets to see the rows in its own order."""
+
+    def __init__(self, step: _Step, turn: int, height: int) -> None:
+        self.step, self.turn, self.height = step, turn, height
+
+    def rows(self, wanted: range, before: Rows) -> Tensor:
+        """The wanted rows of the tensor after the term."""
+
+        def seen(rows: range) -> Tensor:
+            return torch.cat([before(piece) for piece in self._turned(rows, self.turn)])
+
+        return torch.cat([self.step.rows(piece, seen) for piece in self._turned(wanted, -self.turn)])
+
+    def _turned(self, rows: range, by: int) -> list[range]:
+        first = (rows.start + by) % self.height
+        past = first + len(rows) - self.height  # rows beyond the last one
+        return [range(first, first + len(rows))] if past <= 0 else [range(first, self.height), range(past)]
+
+
 _STEPS: dict[str, type[_Step]] = {
     "additive": _Additive,
     "stored": _Stored,
     "decomposed": _Decomposed,
     "transform": _Transform,
 }
+
+
+def _step(shape: tuple[int, ...], term: TermLike, factors: Factors) -> _Step | _Turned:
+    step = _STEPS[_kind(term)](shape, term, factors)
+    return _Turned(step, term.turn, shape[0]) if term.turn else step
 
 
 def _kind(term: TermLike) -> str:

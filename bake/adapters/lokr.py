@@ -26,6 +26,7 @@ def delta(
     *,
     rows: range,
     scale: float,
+    swapped: bool = False,
 ) -> Tensor:
     """Return the rows `rows` of the update as (len(rows), in * kernel), in the dtype and on the device of the factors.
 
@@ -33,7 +34,9 @@ def delta(
     w2: kron_w2 (out / p, in / q[, kh, kw]), or kron_w2_a (out / p, rank) @ kron_w2_b (rank, in / q * kernel) or
     (rank, in / q, kh, kw); Tucker: kron_t2 (rank, rank, kh, kw), kron_w2_a (rank, out / p), kron_w2_b (rank, in / q).
     scale: alpha / rank * weight; for LyCORIS the weight alone if w1 and w2 are both stored whole, because their
-    alpha says nothing then. Raises ValueError if w1 or w2 is missing.
+    alpha says nothing then. swapped: kron(w2, w1) for every place of the kernel, which is what PEFT trains on a
+    Conv1d whose w2 is whole (out / p, in / q, k): torch.kron takes the axes of such factors from behind.
+    Raises ValueError if w1 or w2 is missing.
     Source: LyCORIS modules/lokr.py, PEFT tuners/lokr/layer.py.
     """
     tall = kron_w2 if kron_w2 is not None else kron_w2_a
@@ -41,6 +44,10 @@ def delta(
         raise ValueError("LoKr needs w2, whole or as two factors")
     height = tall.shape[1] if kron_w2 is None and kron_t2 is not None else tall.shape[0]
     wanted = indices(rows, tall)
+    if swapped and kron_w2 is not None:
+        count = len(kron_w1 if kron_w1 is not None else kron_w1_a if kron_w1_a is not None else ())
+        left = _rows("w1", kron_w1, kron_w1_a, kron_w1_b, None, wanted % count) * scale
+        return torch.einsum("rj,rct->rcjt", left, kron_w2[wanted // count]).flatten(1)
     left = _rows("w1", kron_w1, kron_w1_a, kron_w1_b, None, wanted // height) * scale
     right = _rows("w2", kron_w2, kron_w2_a, kron_w2_b, kron_t2, wanted % height)
     return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)

@@ -33,6 +33,7 @@ class Transform:
         strength: float,
         neumann_terms: int | None = _TERMS,
         transposed: bool = True,
+        limit: float | None = None,
     ) -> None:
         """Prepare the rotations, in the dtype of `oft_r`.
 
@@ -40,6 +41,8 @@ class Transform:
         of OneTrainer's: Q is divided by 2 sqrt(b - 1). shape: of the weight tensor. strength: what the
         user typed. neumann_terms: length of the series (PEFT's num_cayley_neumann_terms); None: the
         exact rotation. transposed: W R^T; False: W R, as OneTrainer does on convolutions of any kernel.
+        limit: of the Frobenius norms of all Q together (PEFT's eps under coft), shared out evenly among the
+        stored blocks; a longer Q is shortened. None: no limit.
         Raises ValueError if the blocks do not make up the columns.
         """
         if oft_r.dim() != 2:
@@ -53,7 +56,10 @@ class Transform:
             raise ValueError(f"{count} blocks of {size} columns do not make up the {columns} columns of the weight")
         if scaled_oft is not None:
             oft_r = oft_r / (2 * math.sqrt(size - 1))
-        rotation = towards(_rotation(_skew(oft_r, size), neumann_terms), strength)
+        skewed = _skew(oft_r, size)
+        if limit is not None:
+            skewed = _shortened(skewed, limit / math.sqrt(count))
+        rotation = towards(_rotation(skewed, neumann_terms), strength)
         self._strength = strength
         self._blocks = rotation.transpose(1, 2) if transposed else rotation
 
@@ -68,6 +74,12 @@ def _skew(numbers: Tensor, size: int) -> Tensor:
     filled = numbers.new_zeros(len(numbers), size, size)
     filled[:, above[0], above[1]] = numbers
     return filled - filled.transpose(1, 2)
+
+
+def _shortened(skewed: Tensor, longest: float) -> Tensor:
+    """Blocks of norm `longest` in place of longer ones. Source: PEFT OFTRotationModule._project_batch."""
+    norms = torch.linalg.matrix_norm(skewed, keepdim=True)
+    return torch.where(norms <= longest, skewed, skewed * (longest / norms))
 
 
 def _rotation(skewed: Tensor, terms: int | None) -> Tensor:

@@ -45,7 +45,7 @@ class Output:
         print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
     def line(self, label: str, text: str) -> None:
-        click.echo(f"{label:<{_LABEL}}{printable(text)}")
+        click.echo(f"{label:<{_LABEL - 1}} {printable(text)}")
 
     def warn(self, text: str) -> None:
         click.echo(f"warning: {text}", err=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bake.errors import UnmatchedModules, Unsupported
+from bake.errors import InputError, UnmatchedModules, Unsupported
 from bake.identify.fingerprints import families_by_names, family_by_metadata, family_by_shapes
 from bake.identify.grouping import Members, Part, accept_values, group
 from bake.identify.others import kind_of
@@ -81,6 +81,7 @@ def identify_adapter(source: AdapterFile) -> Adapter:
     config, by_component = None, {}
     try:
         by_component = configs_in_metadata(source.file.metadata, path)
+        config = by_component.pop("", None)
         if source.config is not None:
             config = parse_config(source.config, str(source.config_path))
     except Unsupported as refusal:
@@ -95,7 +96,12 @@ def identify_adapter(source: AdapterFile) -> Adapter:
             path=path,
         )
     reader = UpdateReader(source, config, by_component, grouping.shared)
-    modules = tuple(_module(part, parameters, reader, refusals) for part, parameters in grouping.modules.items())
+    try:
+        modules = tuple(_module(part, parameters, reader, refusals) for part, parameters in grouping.modules.items())
+    except InputError:
+        if refusals:  # what the configuration says explains what the tensors lack
+            raise refusals[0] from None
+        raise
     refused = (refusal.details.get("algorithm") for refusal in refusals)
     algorithms = (*(update.title for module in modules for update in module.updates), *filter(None, refused))
     families, hint, evidence = _families(source, modules)

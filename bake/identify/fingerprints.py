@@ -39,7 +39,7 @@ _ROWS = (
     (r"single_transformer_blocks_#_attn_to_[qkv]", "flux chroma hunyuan-video auraflow"),
     (r"transformer_blocks_#_(img|txt)_(mlp|mod)_", "qwen-image"),
     (r"transformer_blocks_#_attn_", "flux chroma flux2 hunyuan-video sd3 qwen-image"),
-    (r"transformer_blocks_#_norm#(_context)?_linear$", "flux hunyuan-video sd3"),
+    (r"transformer_blocks_#_norm#(_context)?_linear$", "flux hunyuan-video sd3 mochi"),
     (r"transformer_blocks_#_ff_context_net_", "flux chroma hunyuan-video sd3 mochi"),
     (r"transformer_blocks_#_attn#_add_[qkv]_proj", "mochi"),
     (r"transformer_blocks_#_attn#_", "pixart sana ltxv mochi sd3"),

@@ -10,9 +10,11 @@ from typing import NamedTuple
 from bake.errors import InputError
 from bake.identify.embeddings import is_embedding
 from bake.io.adapter import AdapterFile
+from bake.io.tensorfile import read_tensor_bytes
 from bake.keys.factors import SCALARS, Suffix, algorithm_of, split_key, split_value, updates_nothing
 
 _NUMBERED = re.compile(r"(?P<component>unet|text_encoder):(?P<number>\d+):(?P<factor>up|down)")
+_SAVED_COPY = ".modules_to_save."
 _SHARED = frozenset({"vera_a", "vera_b"})  # factors that all modules of a file have in common
 
 
@@ -64,6 +66,8 @@ def group(source: AdapterFile) -> Grouping:
     names = _list_names(source) if source.file.is_list else {}
     split: dict[tuple[str, int | None], dict[str, Members]] = {}
     for key in source.file.tensors:
+        if _repeats_another(source, key):
+            continue
         found = _split_numbered(names.get(key, key)) or split_key(key)
         if found is not None:
             module, suffix = found
@@ -78,7 +82,17 @@ def group(source: AdapterFile) -> Grouping:
         elif not updates_nothing(key):
             grouping.unknown.append(key)
     grouping.modules = _with_parts(source, split)
+    _take_vectors(grouping)
     return grouping
+
+
+def _take_vectors(grouping: Grouping) -> None:
+    """Move the vectors of (IA)3, which LyCORIS calls `weight` as if they were tensors of the base, to their modules."""
+    for key in list(grouping.values):
+        members = grouping.modules.get(Part(key.removesuffix(".weight")), {}).get("weight", {})
+        if "on_input" in members and "ia3_weight" not in members:
+            members["ia3_weight"] = Member(key)
+            grouping.values.remove(key)
 
 
 def accept_values(source: AdapterFile, grouping: Grouping) -> None:
@@ -89,6 +103,21 @@ def accept_values(source: AdapterFile, grouping: Grouping) -> None:
         module, suffix = found
         _put(source, grouping.modules.setdefault(Part(module), {}), module, suffix, key)
     grouping.values = []
+
+
+def _repeats_another(source: AdapterFile, key: str) -> bool:
+    """True for the second copy that PEFT saves of a replaced module's bias where it saves all biases.
+
+    Source: PEFT utils/save_and_load.py: bias="all" takes `head.modules_to_save.bias` along, and the
+    module itself is saved as `head.bias`.
+    """
+    plain = source.file.tensors.get(key.replace(_SAVED_COPY, "."))
+    return (
+        _SAVED_COPY in key
+        and plain is not None
+        and plain.shape == source.file.tensors[key].shape
+        and read_tensor_bytes(source.file, key) == read_tensor_bytes(source.file, key.replace(_SAVED_COPY, "."))
+    )
 
 
 def _put(source: AdapterFile, parameters: dict[str, Members], module: str, suffix: Suffix, key: str) -> None:

@@ -54,6 +54,7 @@ _QUANTISED_NAME = re.compile(
     re.IGNORECASE,
 )
 _INPUT_EMBEDDING = ""  # key of PeftConfig.token_rows for "whatever the model's input embedding is called"
+_MOST_TERMS = 100
 _OFT_CHANGED_IN = (0, 18)
 
 
@@ -80,6 +81,7 @@ class PeftConfig:
     feedforward_modules: str | tuple[str, ...] = ()  # IA3: scaled on the input; shapes tell too
     block_share: bool = False  # OFT: one block stands for all
     neumann_terms: int | None = None  # OFT: terms of the series for the inverse; None: the exact inverse
+    rotation_limit: float | None = None  # OFT: the eps of coft, which PEFT applies whenever it uses the factors
     gram_schmidt: bool = False  # HRA: the vectors are made orthogonal first (apply_GS)
     peft_version: str | None = None  # None before 0.18
     base_model: str | None = None  # the base it was trained on, as the trainer called it
@@ -99,6 +101,8 @@ class PeftConfig:
             return self.fixed_scale
         if _KINDS.get(self.kind) is None:
             return 1.0
+        if is_targeted(f"{module}.weight", self.target_parameters):
+            module = f"{module}.weight"  # the patterns are matched with the parameter's path
         configured = self.rank_pattern.find(module, self.rank)
         if self.kind in _RANKED and None not in (rank, configured) and configured != rank:
             if self.target_parameters and not is_targeted(module, self.target_parameters):
@@ -133,12 +137,13 @@ class PeftConfig:
     def rows_of(self, module: str) -> tuple[int, ...] | None:
         """The rows of the embedding `module` that were trained, in the order in which they are stored.
 
+        PEFT's trainable tokens are stored for a tied output head as well, under the numbers of the embedding.
         Source: PEFT tuners/trainable_tokens/model.py.
         """
         for name, rows in self.token_rows.items():
             if name == _INPUT_EMBEDDING or module == name or module.endswith("." + name):
                 return rows
-        return None
+        return next(iter(self.token_rows.values()), None) if self.kind == "TRAINABLE_TOKENS" else None
 
 
 def parse_config(config: Mapping[str, Any], source: str) -> PeftConfig | None:
@@ -184,7 +189,8 @@ def parse_peft_config(config: Mapping[str, Any], source: str) -> PeftConfig:
             target_parameters=_names(config, "target_parameters"),
             feedforward_modules=_names_or_pattern(config, "feedforward_modules"),
             block_share=bool(config.get("block_share")),
-            neumann_terms=int(config.get("num_cayley_neumann_terms", 5)) if neumann else None,
+            neumann_terms=_terms(config) if neumann else None,
+            rotation_limit=_finite(config.get("eps", 6e-5)) if config.get("coft") else None,
             gram_schmidt=bool(config.get("apply_GS")),
             peft_version=None if config.get("peft_version") is None else str(config["peft_version"]),
             base_model=None
@@ -307,6 +313,13 @@ def _finite(value: Any) -> float:
     return number
 
 
+def _terms(config: Mapping[str, Any]) -> int:
+    terms = int(config.get("num_cayley_neumann_terms", 5))
+    if terms > _MOST_TERMS:  # each costs a product of matrices, and the file is a stranger's
+        raise ValueError(f"num_cayley_neumann_terms is {terms}; at most {_MOST_TERMS} make sense")
+    return terms
+
+
 def _names(config: Mapping[str, Any], setting: str) -> tuple[str, ...]:
     found = config.get(setting) or []
     if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
@@ -340,10 +353,10 @@ def _rows(found: Any) -> tuple[int, ...]:
 
 
 def configs_in_metadata(metadata: Mapping[str, str], path: str) -> dict[str, PeftConfig]:
-    """Component prefix ("unet", "text_encoder", ...) -> configuration, as diffusers stores them.
+    """Component prefix ("unet", "text_encoder", ...) -> configuration, as diffusers stores them; "": of the whole file.
 
     Source: diffusers loaders/lora_base.py: one JSON object under "lora_adapter_metadata", its keys
-    are "<component>.<setting>".
+    are "<component>.<setting>"; loaders/peft.py (save_lora_adapter): "<setting>", for one model alone.
     """
     if "lora_adapter_metadata" not in metadata:
         return {}
@@ -352,7 +365,7 @@ def configs_in_metadata(metadata: Mapping[str, str], path: str) -> dict[str, Pef
         flat = json.loads(metadata["lora_adapter_metadata"])
         parts: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
-            component, _, setting = key.partition(".")
+            component, _, setting = key.rpartition(".")
             parts.setdefault(component, {})[setting] = value
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{source}: not the JSON object it should be: {error}") from None

@@ -11,15 +11,17 @@ from bake.identify.grouping import Member, Members
 from bake.identify.peft import PeftConfig
 from bake.io.adapter import AdapterFile
 from bake.io.tensorfile import read_number, read_numbers
-from bake.keys.experts import is_targeted, split_nesting
+from bake.keys.experts import is_stack, split_nesting
 from bake.keys.factors import SCALARS, Algorithm, algorithm_of, as_matrix
 from bake.keys.shapes_additive import Fit as Extent
 from bake.keys.shapes_additive import sparse_bias_shape
 
+_OUT_OF_ATTENTION = ".base_layer.out_proj"
 _KOHYA_OFT = "oft_unet"  # what kohya's own OFT network calls its modules
 _WRAPPER = "base_model.model."
 # Factors that are others in disguise: (which, stored (in, out)). MLX multiplies from the other side.
 _DISGUISED = {"mlx_a": ("up", True), "mlx_b": ("down", True)}
+_EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings")
 _PEFT_MAGNITUDE = "lora_magnitude_vector"  # part of a tensor's name; other DoRA magnitudes have shapes that tell more
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 
@@ -38,7 +40,7 @@ class Update:
     block: int | None = 1  # rows that hang together; None: all
     channels: int | None = None  # input channels of the tensor, where the columns do not say
     column_block: int | None = None  # the columns are a multiple of this, where their number is not said
-    magnitude: str | None = None  # the DoRA spelling: "dora_scale" or "lora_magnitude_vector"
+    magnitude: str | None = None  # the DoRA spelling: "dora_scale", "lora_magnitude_vector" or "m"
     settings: Mapping[str, float | None] = field(default_factory=dict)  # further constants of the algorithm
     row_numbers: tuple[int, ...] = ()  # the rows of the target it replaces; (): all, or those of its place
     grown: tuple[int, ...] = ()  # the shape to which the target is padded with zeros first; (): as it is
@@ -93,10 +95,13 @@ class UpdateReader:
         magnitude = None
         if "magnitude" in members:
             is_peft = _PEFT_MAGNITUDE in members["magnitude"].tensor
-            magnitude = _PEFT_MAGNITUDE if is_peft else "dora_scale"
+            is_mlx = members["magnitude"].tensor.endswith(".m")
+            magnitude = _PEFT_MAGNITUDE if is_peft else "m" if is_mlx else "dora_scale"
         for disguised, (plain, transposed) in _DISGUISED.items():
             if disguised in members:
-                members[plain] = Member(members.pop(disguised).tensor, transposed)
+                # an embedding's factors are looked up by word, so MLX has them the way the embedding is stored
+                is_embedding = module.endswith(_EMBEDDINGS)
+                members[plain] = Member(members.pop(disguised).tensor, transposed and not is_embedding)
         if "vera_lambda_b" in members:
             members |= self._shared
         stands_alone = members.keys() & {"token_rows", "value"}
@@ -187,9 +192,7 @@ class UpdateReader:
         """True if the configuration targets parameters of `module` themselves, not layers in it."""
         config, path = self._config_of(module)
         path, _ = split_nesting(path)
-        return config is not None and any(
-            is_targeted(path, [target.rpartition(".")[0]]) for target in config.target_parameters
-        )
+        return config is not None and is_stack(path, config.target_parameters)
 
     def _scale(self, module: str, row: Algorithm, members: Members, rank: int | None) -> float:
         if "scale" in members:
@@ -203,6 +206,11 @@ class UpdateReader:
         if config is not None and (rank is not None or row.name == "lokr"):
             # PEFT scales a LoKr even where both factors are whole; an alpha in the file would say otherwise
             self._total += 1
+            attention = path.removesuffix(_OUT_OF_ATTENTION)
+            if attention != path and row.name == "lora":
+                # MultiheadAttention of PEFT, in forward and merge: it adds the update and then calls merge(), which
+                # adds it again. Rank and alpha are those of the attention itself.
+                return 2 * config.scale(attention, rank)
             return config.scale(path, rank)
         if rank is not None:
             self._total += 1
@@ -218,7 +226,11 @@ class UpdateReader:
             alpha = self._number(members["alpha"].tensor)
             return {"alpha": alpha, "kohya": module.startswith(_KOHYA_OFT)} if row.name == "oft" else {"alpha": alpha}
         if row.name == "oft-peft" and config is not None:
-            return {"neumann_terms": config.neumann_terms}
+            limit = {} if config.rotation_limit is None else {"limit": config.rotation_limit}
+            return {"neumann_terms": config.neumann_terms, **limit}
+        if row.name == "lokr" and config is not None and config.kind == "LOKR" and "kron_w2" in members:
+            is_conv1d = len(self._shape(members["kron_w2"].tensor)) == 3
+            return {"swapped": True} if is_conv1d else {}
         if row.name == "hra" and config is not None:
             return {"apply_gs": config.gram_schmidt}
         return {}

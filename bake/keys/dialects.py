@@ -99,6 +99,7 @@ _RESPELLED = tuple(
         (r"(single_blocks\.\d+)\.processor\.proj", r"\1.linear2"),  #         its first columns
         (r"(.+\.attn\d?)\.processor\.to_out", r"\1.to_out.0"),  #             diffusers before 0.18
         (r"(.+)\.processor\.(\w+)", r"\1.\2"),
+        (r"(.+\.attention)\.to\.([qkv])", r"\1.to_\2"),  #                  some trainers of Z-Image
         (r"(.+\.(?:img|txt)_mlp)\.fc0", r"\1.fc1"),  #                        OneTrainer, HunyuanVideo
     )
 )

@@ -61,6 +61,8 @@ def aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> d
         elif parts[-1] in _STACKED_ELSEWHERE:
             block = module.rpartition(".")[0]
             found[f"{block}.experts.{_STACKED_ELSEWHERE[parts[-1]]}"] = parameters
+            if f"{block}.router.layer" in modules:
+                found[f"{block}.router"] = modules[f"{block}.router.layer"]
             blocks.add(block)
     for (block, stack), places in single.items():
         stacked = _stack(places, shapes)
@@ -199,6 +201,18 @@ def split_nesting(module: str) -> tuple[str, int]:
 def is_targeted(path: str, targets: Sequence[str]) -> bool:
     """True if `target_parameters` names the parameter at `path`. Source: PEFT tuners_utils _inject_parameters."""
     return any(path == target or path.endswith("." + target) for target in targets)
+
+
+def is_stack(module: str, targets: Sequence[str]) -> bool:
+    """True if `target_parameters` names bare parameters of `module`, so that its factors are those of a stack.
+
+    A target may be the last name alone, as PEFT writes it itself for "all-linear" since transformers 5; only
+    the module called `experts` has such parameters. Any other parameter, such as the `.weight` of a router,
+    is a matrix with factors like any layer's.
+    Source: PEFT utils/transformers_weight_conversion.py, _convert_peft_config_moe.
+    """
+    above = {target.rpartition(".")[0] for target in targets if target.rpartition(".")[2] in _PARTS}
+    return ("" in above and module.rpartition(".")[2] == "experts") or is_targeted(module, list(above - {""}))
 
 
 def expert_updates(

@@ -55,6 +55,7 @@ SUFFIXES: dict[str, Suffix] = {
     "scale": Suffix("scale"),  #                      A1111: replaces alpha / rank
     # beside a LoRA
     "lora_B.bias": Suffix("up_bias"),  #              PEFT lora_bias, BFL control LoRAs
+    "lora_up.bias": Suffix("up_bias"),  #             ai-toolkit use_bias, outside its PEFT form
     "lora_bias": Suffix("up_bias"),
     "dora_scale": _MAGNITUDE,  #                      LyCORIS, OneTrainer
     "magnitude": _MAGNITUDE,  #                       ai-toolkit
@@ -117,9 +118,14 @@ SUFFIXES: dict[str, Suffix] = {
     "vera_lambda_d": Suffix("vera_lambda_d"),
     "vera_A": Suffix("vera_a"),
     "vera_B": Suffix("vera_b"),
+    # LyCORIS T-LoRA: a difference from factors that it makes out of the base by SVD and does not store
+    "q_layer.weight": Suffix("tlora_q"),
+    "p_layer.weight": Suffix("tlora_p"),
+    "lambda_layer": Suffix("tlora_lambda"),
     # MLX: stored (in, rank) and (rank, out)
     "lora_a": Suffix("mlx_a"),
     "lora_b": Suffix("mlx_b"),
+    "m": _MAGNITUDE,  #                               of its DoRA, along the outputs
 }
 
 # PEFT types that are only recognised, with the tensors they keep. Source: PEFT 0.21 tuners/*/layer.py
@@ -175,6 +181,8 @@ _WITH_NAME = {"modules_to_save", "ln_tuning_layers", "ranknum", "trainable_token
 # attn1.processor.to_q_lora.up.weight, ..._attn1_to_k_lora.down.weight, ..._to_k_lora_down.weight: joined by "_"
 _JOINED = re.compile(r"(?P<module>.+)_lora[._](?P<factor>up|down)\.(?P<leaf>weight|alpha)")
 _XLABS = re.compile(r"(?P<module>.+\.processor\.\w+_lora\d)\.(?P<factor>up|down)\.weight")
+# diffusers' convert_state_dict_to_kohya on DoRA: it keeps the last dot of the path of a magnitude
+_HALF_FLAT = re.compile(r"(?P<module>lora_(?:unet|te\d?)(?:_[^.]+)?\.[^.]+)\.lora_magnitude_vector")
 # A replaced module with modules of its own: classifier.modules_to_save.default.dense.weight
 _SAVED = re.compile(r"(?P<module>.+\.modules_to_save\.[^.]+\..+)\.(?P<leaf>weight|bias)")
 # kohya, one set of factors for each of q, k and v: lora_up.0.weight, oft_blocks.2
@@ -221,6 +229,9 @@ def _split_by_pattern(key: str) -> tuple[str, Suffix] | None:
     if part is not None:
         suffix = SUFFIXES.get(part["factor"] + (part["leaf"] or ""))
         return None if suffix is None else (part["module"], suffix._replace(part=int(part["part"])))
+    half_flat = _HALF_FLAT.fullmatch(key)
+    if half_flat is not None:
+        return half_flat["module"].replace(".", "_"), _MAGNITUDE
     vector = _FLAT_WEIGHT.fullmatch(key)
     if vector is not None:
         return vector["module"], Suffix("ia3_weight")
@@ -336,6 +347,7 @@ ALGORITHMS = (
     Algorithm("hra", ("hra_u",), (), transforms.hra_shape, transforms=True),
     Algorithm("vera", ("vera_lambda_b", "vera_lambda_d", "vera_a", "vera_b"), (), additive.vera_shape),
     Algorithm("sparse", ("bias_indices", "bias_values", "bias_size"), (), additive.sparse_bias_shape),
+    Algorithm("T-LoRA as LyCORIS stores it", ("tlora_q", "tlora_p", "tlora_lambda")),
     *(Algorithm(name, (parameter,)) for name, parameters in UNFUSED_PEFT.items() for parameter in parameters),
 )
 

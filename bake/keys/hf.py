@@ -49,7 +49,7 @@ _TOWERS = (
     Tower(("backbone.", ""), ("layers", "embeddings", "norm_f")),  # Mamba
     # encoders: sentence embedders are published bare, models with a head under the name of the model
     Tower(
-        ("bert.", "roberta.", "electra.", "deberta.", "mpnet.", "albert.", "0.auto_model.", ""),
+        ("bert.", "roberta.", "electra.", "deberta.", "mpnet.", "albert.", "0.auto_model.", "auto_model.", ""),
         ("embeddings", "encoder", "pooler"),
     ),
     Tower(("distilbert.", ""), ("transformer", "embeddings")),
@@ -68,7 +68,7 @@ _TOWERS = (
     Tower(("model.vision_model.", "vision_model.")),
     Tower(("model.audio_tower.", "audio_tower.")),
     Tower(("model.multi_modal_projector.", "multi_modal_projector.")),
-    Tower(("language_model.lm_head", "lm_head")),
+    Tower(("language_model.lm_head", "lm_head", "embed_out")),  # GPT-NeoX's is renamed by transformers 5
 )
 
 

@@ -93,7 +93,7 @@ class ModuleIndex:
                 if name.endswith(SCALE) and f"{component.prefix}{module}.weight" in shapes:
                     module = name[len(component.prefix) :]  # a scale beside a weight is another thing
                 own.setdefault(module, {})[parameter] = (Place(name),)
-            self.spellings[component.name] = own | NAMINGS[component.naming](own, shapes)
+            self.spellings[component.name] = _attention(own) | own | NAMINGS[component.naming](own, shapes)
         self._flat: dict[str, dict[str, str]] = {}
 
     def _flat_names(self, component: str) -> dict[str, str]:
@@ -132,6 +132,20 @@ class ModuleIndex:
             if component.prefix and path.startswith(component.prefix) and below in self.spellings[component.name]:
                 return Found(component.name, below, self.spellings[component.name][below])
         return None
+
+
+def _attention(modules: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    """PyTorch's MultiheadAttention as the module it is, with its fused projection, a bare parameter, as the weight.
+
+    Source: PEFT tuners/lora/layer.py MultiheadAttention, whose factors stand under the module's own name.
+    """
+    ends = (("in_proj_weight", "weight"), ("in_proj_bias", "bias"))
+    found: dict[str, Parameters] = {}
+    for path, parameters in modules.items():
+        for end, parameter in ends:
+            if path.endswith("." + end):
+                found.setdefault(path[: -len(end) - 1], {})[parameter] = parameters["weight"]
+    return found
 
 
 def _split_by_component(

@@ -79,7 +79,7 @@ def magnitude_axis(suffix: str, magnitude: Shape, weight: Shape, *, transposed: 
     """Return which axis of `weight` a DoRA magnitude belongs to.
 
     suffix: the end of the adapter key: "dora_scale" or "magnitude" (LyCORIS, OneTrainer: the shape says),
-    or "lora_magnitude_vector[.weight]" (PEFT, diffusers: always the output axis). weight: shape of the
+    or "lora_magnitude_vector[.weight]" (PEFT, diffusers) or "m" (MLX): always the output axis. weight: shape of the
     weight that was trained on, (out, in, *kernel). transposed: the weight is stored (in, out), as PEFT's
     embeddings and GPT-2's Conv1D; then PEFT's output axis is axis 1.
     Raises ValueError if the magnitude fits neither.
@@ -88,7 +88,7 @@ def magnitude_axis(suffix: str, magnitude: Shape, weight: Shape, *, transposed: 
     if len(weight) < 2 or not magnitude or max(magnitude) != longest:
         raise ValueError(f"the magnitude {list(magnitude)} is no list of lengths for {list(weight)}")
     out, channels = weight[:2]
-    if suffix.startswith("lora_magnitude_vector"):
+    if suffix.startswith("lora_magnitude_vector") or suffix == "m":
         if longest != (channels if transposed else out):
             raise ValueError(f"the magnitude {list(magnitude)} has no length for each output of {list(weight)}")
         # PEFT never writes (1, n) for a matrix: diffusers renames LyCORIS's magnitudes without a look at them.

@@ -13,10 +13,11 @@ from bake.identify.adapter import Adapter, identify_adapter
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.io.adapter import content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
+from bake.plan.base import check_family
 from bake.plan.embeddings import embedding_notes, plan_embeddings
 from bake.plan.files import plan_files, plan_side_files
 from bake.plan.heads import base_of, settle_heads
-from bake.plan.match import AdapterMatcher, Matching, check_family
+from bake.plan.match import AdapterMatcher, Matching
 from bake.plan.model import AdapterUse, Input, Plan
 from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
 from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_unmatched

@@ -117,8 +117,10 @@ def plan_side_files(
         content = growth.contents.get(relative)
         group = relative.removesuffix("config.json")
         if relative.endswith("config.json") and group in checkpoint.configs:
-            changed = {**matching.configs.get(group, {}), **growth.configs.get(group, {})}
-            content = _updated_config(checkpoint.configs[group], changed, recipe.dtype)
+            config = checkpoint.configs[group]
+            widened = _widened_inputs(config, matching.padded.get(f"{group}x_embedder.weight"))
+            changed = {**widened, **matching.configs.get(group, {}), **growth.configs.get(group, {})}
+            content = _updated_config(config, changed, recipe.dtype)
         source = matching.side_sources.get(relative, checkpoint.root / relative)
         files.append(SideFile(relative, source if content is None else None, content))
     return (*files, *(_updated_index(index, planned) for index in checkpoint.indexes))
@@ -137,8 +139,18 @@ def _updated_index(index: ShardIndex, planned: Sequence[FilePlan]) -> SideFile:
     return SideFile(index.relative, None, _json({**index.content, "metadata": metadata, "weight_map": weight_map}))
 
 
+def _widened_inputs(config: dict[str, Any], shape: tuple[int, ...] | None) -> dict[str, Any]:
+    """What a control LoRA of Flux changes in the configuration: it reads more channels, and writes as many as before.
+
+    shape: of the widened input layer, None if there is none. Source: diffusers models/transformers/transformer_flux.py.
+    """
+    if shape is None or "in_channels" not in config:
+        return {}
+    return {"in_channels": shape[1], "out_channels": config.get("out_channels") or config["in_channels"]}
+
+
 def _updated_config(config: dict[str, Any], grown: dict[str, Any], dtype: str) -> str | None:
-    """config.json with what added tokens change and the dtype that is written; None if it stays as it is."""
+    """config.json with what the adapters change and the dtype that is written; None if it stays as it is."""
     updated = {**config, **grown}
     if dtype != "keep":
         name = DTYPES[OUTPUT_DTYPES[dtype]].torch

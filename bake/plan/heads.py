@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from bake.identify.tied import Tie, edited, tied_embeddings, untying_edits, voca
 from bake.io.checkpoint import Checkpoint
 from bake.io.header import TensorInfo
 from bake.io.tensorfile import TensorFile
-from bake.plan.match import VOCABULARY_LEAVES, Base, Matching
-from bake.plan.model import Stored
+from bake.plan.base import Base
+from bake.plan.match import VOCABULARY_LEAVES, Matching
+from bake.plan.model import Stored, Term
 
 _PIECE = 4 * 1024 * 1024
 # What an adapter saved beside its weights after the vocabulary grew.
@@ -50,15 +52,14 @@ def settle_heads(
     Raises Unsupported where the two cannot be stored apart, ShapeMismatch if only one of them grew.
     """
     config = checkpoint.configs.get("", {})
-    if tie is not None and tie.broken_by(matching.changed):
+    if tie is not None and tie.broken_by(matching.changed) and not _stays_tied(tie, adapters, matching):
         if tie.refusal is not None:
             raise Unsupported(
                 f"the adapter updates {tie.embedding}, which this model also uses as its output head (tied "
                 f"embeddings), and the two cannot be stored apart: {tie.refusal}.",
                 tensor=tie.embedding,
             )
-        if not _stays_tied(tie, adapters, matching):
-            config = _untie(tie, config, matching)
+        config = _untie(tie, config, matching)
     config = _grow(config, tensors, adapters, tie, matching)
     if config != checkpoint.configs.get("", {}):
         matching.configs[""] = config
@@ -75,6 +76,10 @@ def _stays_tied(tie: Tie, adapters: Sequence[tuple[int, Adapter]], matching: Mat
             term.algorithm == "set" or _ties(adapters, next(iter(term.factors.values())).input) for term in embedding
         )
         return stored[0] is None and shared
+    if embedding and stored == [None, None] and _same_rows(embedding, head, files):
+        if not tie.head_stored:
+            del matching.terms[tie.head]
+        return True
     if embedding or head or stored[0] is None or stored[1] is None:
         return False
     if _same_bytes(stored[0], stored[1], files):
@@ -87,6 +92,16 @@ def _stays_tied(tie: Tie, adapters: Sequence[tuple[int, Adapter]], matching: Mat
 def _ties(adapters: Sequence[tuple[int, Adapter]], place: int) -> bool:
     config = next(adapter.config for number, adapter in adapters if number == place)
     return config is not None and config.ties_embeddings
+
+
+def _same_rows(embedding: Sequence[Term], head: Sequence[Term], files: Mapping[int, TensorFile]) -> bool:
+    """True if both get the same new values for the same rows, as PEFT stores trainable tokens of a tied head."""
+    return len(embedding) == len(head) and all(
+        one.algorithm == "set"
+        and dataclasses.replace(one, module=two.module, factors=two.factors) == two
+        and _same_bytes(one.factors["value"], two.factors["value"], files)
+        for one, two in zip(embedding, head, strict=True)
+    )
 
 
 def _same_bytes(one: Stored, two: Stored, files: Mapping[int, TensorFile]) -> bool:

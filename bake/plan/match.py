@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bake.errors import DuplicateTarget, FamilyMismatch, ShapeMismatch, Unsupported
+from bake.errors import FamilyMismatch, ShapeMismatch, Unsupported
 from bake.identify.adapter import Adapter, Module
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import FAMILIES, title
 from bake.identify.fingerprints import family_by_metadata, family_by_shapes
 from bake.identify.updates import Update
-from bake.io.header import TensorInfo
-from bake.io.tensorfile import read_tensor_bytes
-from bake.keys import hf, numbered
-from bake.keys.dialects import Address, flatten
+from bake.keys import hf
 from bake.keys.factors import Decomposition, as_matrix
-from bake.keys.modules import Found, ModuleIndex
-from bake.keys.nearest import nearest_names
-from bake.keys.places import Place
+from bake.keys.modules import Found
+from bake.keys.places import Place, turned_whole
 from bake.keys.shapes_transforms import magnitude_axis
+from bake.plan.base import Base
+from bake.plan.copies import check_same, is_zero, repeated_projections, repeats_rows
 from bake.plan.model import Coverage, Skipped, Stored, Term, Unmatched
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.regions import Misfit, Region, check_parts, fit
+from bake.plan.resolve import Resolver
 from bake.plan.stacks import Share, Stacks
 
 _NEAREST_FOR = 50  # unmatched modules that get a suggestion; comparing names is slow
@@ -71,41 +69,6 @@ class Matching:
         return {name: Coverage(self.matched[name], self.total[name]) for name in order}
 
 
-@dataclass(frozen=True)
-class Base:
-    """The base as matching sees it."""
-
-    identity: BaseIdentity
-    tensors: Mapping[str, TensorInfo]  # full name -> info
-    index: ModuleIndex
-    stored_in_out: frozenset[str]  # components whose Linear weights are stored (in, out)
-
-    @classmethod
-    def of(cls, identity: BaseIdentity, tensors: Mapping[str, TensorInfo], virtual: Mapping[str, str]) -> Base:
-        """virtual: tensors that the model has and the file does not store -> the stored ones they equal."""
-        tensors = {**tensors, **{name: tensors[source] for name, source in virtual.items()}}
-        shapes = {name: info.shape for name, info in tensors.items()}
-        index = ModuleIndex(identity.components, shapes)
-        flipped = (name for name, modules in index.spellings.items() if hf.stores_in_out(modules, shapes))
-        return cls(identity, tensors, index, frozenset(flipped))
-
-
-def check_family(base: BaseIdentity, adapter: Adapter) -> None:
-    """Raise FamilyMismatch if the adapter's own names belong to another family than the base."""
-    if not adapter.families or (base.family not in FAMILIES and not base.language_model):
-        return
-    fits = "language-model" in adapter.families if base.language_model else base.family in adapter.families
-    if not fits:
-        made_for = " or ".join(title(name) for name in sorted(adapter.families))
-        raise FamilyMismatch(
-            f"{adapter.source.path} is made for {made_for}, the base is {title(base.family)}. "
-            f"The module {adapter.evidence!r} tells. Use a base of the adapter's family.",
-            adapter=str(adapter.source.path),
-            adapter_families=sorted(adapter.families),
-            base_family=base.family,
-        )
-
-
 class AdapterMatcher:
     """Finds the places of one adapter's modules and adds its terms to a Matching."""
 
@@ -122,17 +85,22 @@ class AdapterMatcher:
         self.duplicates = 0
         self.has_input_axis = False
         self.unsure_axes: list[str] = []  # modules whose DoRA magnitude may be meant the other way
+        self.resolver = Resolver(base, adapter)
+        self.resolved = self.resolver.resolve_all()
+        shapes = {name: info.shape for name, info in base.tensors.items()}
+        self.stacks = Stacks(adapter, base.index, shapes, base.identity.family)
+        self.resolved |= {name: found for name, (found, _) in self.stacks.found.items()}
 
     def run(self, recipe: Recipe) -> None:
         """Match every module. Raises ShapeMismatch or DuplicateTarget; unmatched modules are only listed."""
-        resolved = self._resolve_all()
-        shapes = {name: info.shape for name, info in self.base.tensors.items()}
-        self.stacks = Stacks(self.adapter, self.base.index, shapes, self.base.identity.family)
-        resolved |= {name: found for name, (found, _) in self.stacks.found.items()}
         skipped: Counter[tuple[str, str]] = Counter()
+        repeated = repeated_projections(self.base.identity.family, self.resolved)
         for module in self.adapter.modules:
-            found = resolved.get(module.name)
-            component = found.component if found is not None else self._intended_component(module)
+            found = self.resolved.get(module.name)
+            if found is not None and module.name in repeated:
+                skipped[found.component, "q, k and v are stored one by one as well"] += 1
+                continue
+            component = found.component if found is not None else self.resolver.intended_component(module)
             if not recipe.wants(component):
                 skipped[component, f"--only {' '.join(recipe.only)}"] += 1
             elif self.choice.weight_for(component) == 0:
@@ -142,94 +110,35 @@ class AdapterMatcher:
         for (component, reason), count in sorted(skipped.items()):
             self.into.skipped.append(Skipped(self.name, component, count, reason))
         for tensor in self.adapter.unknown:
-            component = self._default_component()
+            component = self.resolver.default_component()
             self.into.total[component] += 1
             self.into.unmatched.append(Unmatched(tensor, self.name, "no adapter format uses this tensor name", None))
         if self.misfits:
             self._refuse_misfits()
+        self.into.notes += [*self.resolver.notes, *self._notes()]
+
+    def _notes(self) -> Iterator[str]:
+        """What the user should know about how the modules were understood."""
         if self.unsure_axes and not self.has_input_axis:
-            self.into.notes.append(
+            yield (
                 f"{self.name}: the DoRA magnitudes of {len(self.unsure_axes)} modules (e.g. {self.unsure_axes[0]}) "
                 f"fit inputs and outputs alike; they are taken as their spelling suggests"
             )
         told, base = family_by_metadata(self.adapter.source.file.metadata), self.base.identity.family
         if told not in (None, base) and base in FAMILIES:
-            self.into.notes.append(
+            yield (
                 f"{self.name}: its metadata says it was trained on {title(str(told))}, and the base is {title(base)}; "
                 f"its names and shapes fit all the same"
             )
         if self.duplicates:
-            self.into.notes.append(
-                f"{self.name}: {self.duplicates} modules are stored twice under different names; each is used once"
-            )
-
-    def _resolve_all(self) -> dict[str, Found]:
-        """module name -> its place in the base, for the modules that have one."""
-        order = self._numbered_paths()
-        found: dict[str, Found] = {}
-        for module in self.adapter.modules:
-            for reading in module.readings:
-                if reading.style == "number":
-                    path = order.get((reading.components[0], int(reading.path)))
-                    reading = Address(reading.components, path or "", "dotted", reading.dialect)
-                hit = self.base.index.find(reading)
-                if hit is not None:
-                    found[module.name] = hit
-                    break
-        return found or self._resolve_with_drift()
-
-    def _resolve_with_drift(self) -> dict[str, Found]:
-        """The same, where all names of the adapter differ from the base's by one prefix."""
-        for component in self.base.identity.components:
-            if component.naming not in ("hf", "plain"):
-                continue
-            known = self.base.index.spellings[component.name]
-            paths = {
-                module.name: next((r.path for r in module.readings if r.style == "dotted" and not r.components), "")
-                for module in self.adapter.modules
-            }
-            drift = hf.find_drift(set(paths.values()), known)
-            if drift is not None:
-                change = f"{drift.dropped!r} dropped" if drift.dropped else f"{drift.added!r} added"
-                self.into.notes.append(f"{self.name}: its module names fit with {change} in front")
-                return {
-                    name: Found(component.name, drift.apply(path), known[drift.apply(path)])
-                    for name, path in paths.items()
-                }
-        return {}
-
-    def _numbered_paths(self) -> dict[tuple[str, int], str]:
-        """(component, number) -> dotted path, for adapters that number their modules."""
-        numbers: dict[str, dict[int, Module]] = {}
-        for module in self.adapter.modules:
-            if module.readings[0].style == "number":
-                component = module.readings[0].components[0]
-                numbers.setdefault(component, {})[int(module.readings[0].path)] = module
-        paths: dict[tuple[str, int], str] = {}
-        for component, modules in numbers.items():
-            known = self.base.index.spellings.get(component, {})
-            if sorted(modules) != list(range(len(modules))):
-                continue
-            if component == "te1":
-                order = numbered.text_encoder_order(known, len(modules))
-            else:
-                heights = [modules[number].updates[0].extent[0] or 0 for number in (0, 4) if number in modules]
-                order = numbered.unet_order(known, len(modules), len(heights) == 2 and heights[1] == 8 * heights[0])
-            paths.update(((component, number), path) for number, path in enumerate(order))
-        return paths
-
-    def _default_component(self) -> str:
-        return self.base.identity.components[0].name
-
-    def _intended_component(self, module: Module) -> str:
-        """The component an unmatched module was meant for."""
-        wanted = module.readings[0].components
-        if not wanted:
-            return self._default_component()
-        return next((part.name for part in self.base.identity.components if part.answers(wanted)), wanted[0])
+            yield f"{self.name}: {self.duplicates} modules are stored twice under different names; each is used once"
 
     def _place_module(self, module: Module, component: str, found: Found | None) -> None:
         self.into.total[component] += 1
+        if found is None and repeats_rows(module, self.adapter, self.resolved):
+            self.duplicates += 1
+            self.into.matched[component] += 1
+            return
         if found is None:
             self._list_unmatched(module, component)
             return
@@ -247,7 +156,7 @@ class AdapterMatcher:
         for update in updates:
             for place in found.parameters[update.parameter]:
                 if self._replaces(update, place, found):
-                    self.into.replaced[place.tensor] = self._stored(update.factors["value"])
+                    self._replace(place.tensor, self._stored(update.factors["value"]))
         for update in updates:
             self._pad(update, found)
         try:
@@ -256,9 +165,7 @@ class AdapterMatcher:
             landed = [
                 (self._term(module, component, update, place, region), place)
                 for update in updates
-                for place in found.parameters[update.parameter]
-                if not self._replaces(update, place, found)
-                for region in self._regions(module, update, place, found)
+                for place, region in self._pieces(module, update, found)
             ]
         except Misfit as misfit:
             self.misfits.append((module, str(misfit)))
@@ -274,6 +181,11 @@ class AdapterMatcher:
         stored, there = update.extent, as_matrix(self.base.tensors[place.tensor].shape)
         grows = found.module.rpartition(".")[2] in VOCABULARY_LEAVES and (stored[0] or 0) > there[0]
         return stored == there or (grows and stored[1] == there[1])
+
+    def _replace(self, tensor: str, value: Stored) -> None:
+        if tensor in self.into.replaced:
+            self.into.notes.append(f"{self.name}: replaces {tensor}, as another adapter does; the last one counts")
+        self.into.replaced[tensor] = value
 
     def _pad(self, update: Update, found: Found) -> None:
         """Note it if the update is for a larger tensor, which the base's is padded to with zeros.
@@ -301,6 +213,25 @@ class AdapterMatcher:
         shape = self.base.tensors[tensor].shape
         return shape if stored is None or math.prod(stored.shape) == math.prod(shape) else stored.shape
 
+    def _pieces(self, module: Module, update: Update, found: Found) -> list[tuple[Place, Region]]:
+        """The parts of the base that the update covers; raises Misfit if it does not fit there.
+
+        Raises Unsupported if rows of the update that hang together would lie in several tensors.
+        """
+        places = [place for place in found.parameters[update.parameter] if not self._replaces(update, place, found)]
+        pieces = [(place, region) for place in places for region in self._regions(module, update, place, found)]
+        if not any(self._is_torn(module, update, place, region) for place, region in pieces):
+            return pieces
+        whole = turned_whole(found.parameters[update.parameter])
+        if whole is None:
+            raise Unsupported(
+                f"{self.adapter.source.path}: {module.name!r} is one {update.algorithm} module over a projection that "
+                f"the base stores in several tensors, and its rows cannot be changed apart from each other. "
+                f"Use a base in the layout that the adapter was trained on.",
+                module=module.name,
+            )
+        return [(whole, region) for region in self._regions(module, update, whole, found)]
+
     def _regions(self, module: Module, update: Update, place: Place, found: Found) -> list[Region]:
         """The parts of the target that the update covers; raises Misfit if it does not fit there."""
         shape = self._shape_of(place.tensor)
@@ -308,28 +239,20 @@ class AdapterMatcher:
             shape = (shape[0] * shape[1], shape[2])
         narrower = self._narrower(module, found, shape, update)
         try:
-            fitted = fit(update, place, shape, self._stored_in_out(found), narrower)
+            return fit(update, place, shape, self._stored_in_out(found), narrower)
         except Misfit:
             self.misfit_shapes[found.module] = tuple(size or 0 for size in update.extent)
             raise
-        for region in fitted:
-            self._check_divisible(module, update, region, shape)
-        return fitted
 
-    def _check_divisible(self, module: Module, update: Update, region: Region, shape: tuple[int, ...]) -> None:
-        """Raise Unsupported if rows of the update that hang together would lie in several tensors."""
+    def _is_torn(self, module: Module, update: Update, place: Place, region: Region) -> bool:
+        """True if rows of the update that hang together do not all lie in `region`."""
         if region.part == (0, region.height) or update.row_numbers:
-            return
+            return False
         block = update.block
-        if update.magnitude is not None and self._decomposition(module, update, region, shape).axis == 1:
-            block = None  # a channel's length is that over all rows
-        if block is None or any(edge % block for edge in region.part):
-            raise Unsupported(
-                f"{self.adapter.source.path}: {module.name!r} is one {update.algorithm} module over a projection that "
-                f"the base stores in several tensors, and its rows cannot be changed apart from each other. "
-                f"Use a base in the layout that the adapter was trained on.",
-                module=module.name,
-            )
+        if update.magnitude is not None:
+            decomposition = self._decomposition(module, update, region, self._shape_of(place.tensor))
+            block = None if decomposition.axis == 1 else block  # a channel's length is that over all rows
+        return block is None or any(edge % block for edge in region.part)
 
     def _narrower(self, module: Module, found: Found, shape: tuple[int, ...], update: Update) -> Iterator[int]:
         """Columns of the target that an update may leave alone, as numbers of those it covers from the left."""
@@ -374,6 +297,7 @@ class AdapterMatcher:
             dora=decomposition,
             settings=self._settings(update, region, self.base.tensors[place.tensor].shape),
             rank_limit=self.choice.rank_limit if plain_lora else None,
+            turn=place.turn,
         )
 
     def _share_term(self, module: Module, component: str, share: Share) -> Term:
@@ -394,10 +318,16 @@ class AdapterMatcher:
         )
 
     def _add(self, module: Module, term: Term, place: Place) -> None:
-        for other, owner in self.taken.get(place.tensor, []):
+        for other, owner in list(self.taken.get(place.tensor, [])):
             # one module may do several things to its tensor, as a LoRA with a sparse remainder
             if owner is not module and _overlap(term, other):
-                self._check_same(owner, other, module, term, place.tensor)
+                if is_zero(self.adapter, other):
+                    self.taken[place.tensor].remove((other, owner))
+                    self.into.terms[place.tensor].remove(other)
+                    continue
+                if not is_zero(self.adapter, term):
+                    check_same(self.adapter, (owner, other), (module, term), place.tensor)
+                    self.duplicates += 1
                 return
         if place.stacked and len(self.base.tensors[place.tensor].shape) == 3:
             self.into.stacks.add(place.tensor)
@@ -411,6 +341,11 @@ class AdapterMatcher:
         if update.algorithm == "vera":  # its matrices are shared and cut to the layer
             across = region.rows if region.transposed else region.columns
             settings["in_features"] = across[1] - across[0]
+            shared = self.adapter.source.file.tensors[update.factors["vera_a"]].shape
+            if shared[1] < across[1] - across[0]:
+                raise Misfit(
+                    f"the shared vera_A {list(shared)} has fewer columns than the base's {list(region.columns)}"
+                )
         return settings
 
     def _decomposition(self, module: Module, update: Update, region: Region, shape: tuple[int, ...]) -> Decomposition:
@@ -420,49 +355,26 @@ class AdapterMatcher:
         width = region.columns[1] - region.columns[0]
         weight = (width, region.height) if region.transposed else (region.height, width // math.prod(shape[2:]))
         try:
-            axis = magnitude_axis(update.magnitude, stored, weight)
+            flipped = region.transposed and update.magnitude == "m"  # MLX: the outputs, however the factors lie
+            axis = magnitude_axis(update.magnitude, stored, weight, transposed=flipped)
         except ValueError as error:
             raise Misfit(str(error)) from None
         if not axis.certain:
             self.unsure_axes.append(module.name)
         elif axis.axis == 1:
             self.has_input_axis = True  # one trainer wrote the file: it settles the others
-        return Decomposition(axis.axis, 0.0 if update.magnitude == "lora_magnitude_vector" else _EPSILON)
+        return Decomposition(axis.axis, _EPSILON if update.magnitude == "dora_scale" else 0.0)
 
     def _stored(self, name: str) -> Stored:
         info = self.adapter.source.file.tensors[name]
         return Stored(self.input_place, name, info.dtype, info.shape, (info.begin, info.end))
 
-    def _check_same(self, owner: Module, other: Term, module: Module, term: Term, tensor: str) -> None:
-        """Two modules for one place are fine if they are copies of each other, and a contradiction if not."""
-        file = self.adapter.source.file
-        same = dataclasses.replace(term, module=other.module, factors=other.factors) == other and all(
-            factor in term.factors
-            and read_tensor_bytes(file, stored.name) == read_tensor_bytes(file, term.factors[factor].name)
-            for factor, stored in other.factors.items()
-        )
-        if not same:
-            raise DuplicateTarget(
-                f"{self.adapter.source.path}: {owner.name!r} and {module.name!r} both update {tensor}, "
-                f"with different values; the file contradicts itself",
-                modules=[owner.name, module.name],
-                tensor=tensor,
-            )
-        self.duplicates += 1
-
     def _list_unmatched(self, module: Module, component: str) -> None:
-        reading = module.readings[0]
-        known = self.base.index.spellings.get(component)
-        nearest = None
-        if known is None:
+        if component not in self.base.index.spellings:
             self.into.missing.add(component)
-            reason = f"the base has no {component}"
-        elif reading.style == "number":
-            reason = f"the file numbers its modules, and their count fits no {component} like this base's"
-        else:
-            reason = f"no such module in the base's {component}"
-            if len(self.into.unmatched) < _NEAREST_FOR:
-                nearest = _nearest(reading, known)
+        few = len(self.into.unmatched) < _NEAREST_FOR
+        nearest = self.resolver.nearest(module, component) if few else None
+        reason = self.resolver.reason(module, component)
         self.into.unmatched.append(Unmatched(module.name, self.name, reason, nearest))
 
     def _refuse_misfits(self) -> None:
@@ -486,8 +398,3 @@ def _overlap(one: Term, two: Term) -> bool:
         mine[0] < theirs[1] and theirs[0] < mine[1]
         for mine, theirs in ((one.rows, two.rows), (one.columns, two.columns))
     )
-
-
-def _nearest(reading: Address, known: Iterable[str]) -> str | None:
-    names = (flatten(path) for path in known) if reading.style == "flat" else known
-    return next(iter(nearest_names(reading.path, names, 1)), None)

@@ -62,6 +62,7 @@ class Term:
     dora: Decomposition | None = None  # what the factor "magnitude" means, where there is one
     settings: dict[str, float | None] = field(default_factory=dict)  # further constants of the algorithm
     rank_limit: int | None = None  # of LoRA factors, only this many ranks count
+    turn: int = 0  # the update starts at this row of the tensor and, past the last, goes on at the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,7 @@ class Unmatched:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Adapter modules that were left out for a reason the user gave."""
+    """Adapter modules that were left out for a reason: the user asked for it, or the file has them in parts as well."""
 
     adapter: str
     component: str

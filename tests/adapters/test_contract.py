@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -80,6 +80,7 @@ class SmallTerm:
     dora: Decomposition | None = None
     settings: Mapping[str, float | None] = field(default_factory=dict)
     rank_limit: int | None = None
+    turn: int = 0
 
 
 class Held:
@@ -239,6 +240,26 @@ def test_dora_goes_around_every_additive_update(name, shape, shapes, settings, s
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for row in range(shape[0]):
         _, alone = run(shape, [wrapped], range(row, row + 1))
+        torch.testing.assert_close(alone, expected[row : row + 1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("turn", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("name", "shapes"), [("oft", {"oft_blocks": (2, 3, 3)}), ("lora", {"up": (6, 2), "down": (2, 5)})]
+)
+def test_a_turned_term_sees_the_rows_in_its_own_order(name: str, shapes: Mapping, turn: int) -> None:
+    shape = (6, 5)
+    made = factors(shapes)
+    dora = Decomposition(1, 0.0) if name == "lora" else None
+    if dora is not None:
+        made["magnitude"] = random((1, 5), 7).abs() + 0.5
+    whole = SmallTerm(name, made, 0.7, (0, 6), (0, 5), (0, 6), 6, dora=dora)
+    before, found = run(shape, [replace(whole, turn=turn)])
+    rolled = before.roll(-turn, 0)
+    expected = Chain(shape, [whole], Held()).rows(range(6), lambda rows: rolled[rows.start : rows.stop]).roll(turn, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for row in range(6):
+        _, alone = run(shape, [replace(whole, turn=turn)], range(row, row + 1))
         torch.testing.assert_close(alone, expected[row : row + 1], rtol=1e-12, atol=1e-12)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from pathlib import Path
 
+import dits
 import numpy as np
 import pytest
 import torch
@@ -57,6 +58,33 @@ class TestValues:
         eps = {"float64": 1e-15, "float32": 1e-6}.get(dtype, torch.finfo(kind).eps)
         np.testing.assert_allclose(found["a.weight"], exact, rtol=eps, atol=eps)
         np.testing.assert_array_equal(found["b.weight"], weights["b"].double())
+
+    @pytest.mark.parametrize("weight", [1.0, 0.7, -0.5])
+    def test_an_input_axis_dora_on_a_layer_whose_halves_the_base_swaps(self, tmp_path: Path, weight: float) -> None:
+        # OneTrainer's default DoRA on Flux: a column's length is that over both halves of norm_out.linear
+        base = save(tmp_path / "base.safetensors", random_arrays(dits.flux(), np.float32))
+        up, down, magnitude = random(1, 16, 2), random(2, 2, 8), 1 + random(3, 1, 8) ** 2
+        module = "lora_transformer_norm_out_linear"
+        factors = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": magnitude, "alpha": np.array(3.0)}
+        lora = save(tmp_path / "lora.safetensors", {f"{module}.{name}": value for name, value in factors.items()})
+        fuse(base, [(lora, weight)], tmp_path / "out.safetensors", verify="full")
+        before, after = load(base), load(tmp_path / "out.safetensors")
+        name = "final_layer.adaLN_modulation.1.weight"
+        updated = before[name].astype(np.float64) + np.roll(1.5 * up @ down, 8, axis=0)
+        whole = updated * magnitude / (np.sqrt(np.square(updated).sum(0)) + 2.0**-23)
+        exact = before[name] + weight * (whole - before[name])
+        np.testing.assert_allclose(after[name], exact, rtol=0, atol=1e-6)
+        assert all((after[other] == before[other]).all() for other in before if other != name)
+
+    def test_the_bias_of_an_up_projection(self, tmp_path: Path) -> None:
+        base = save(tmp_path / "base.safetensors", {"c.weight": random(0, 6, 5), "c.bias": random(1, 6)})
+        up, down, bias = random(2, 6, 2), random(3, 2, 5), random(4, 6)
+        factors = {"lora_up.weight": up, "lora_up.bias": bias, "lora_down.weight": down, "alpha": np.array(3.0)}
+        lora = save(tmp_path / "lora.safetensors", {f"c.{name}": value for name, value in factors.items()})
+        fuse(base, [(lora, 0.7)], tmp_path / "out.safetensors", verify="full")
+        before, after = load(base), load(tmp_path / "out.safetensors")
+        np.testing.assert_allclose(after["c.weight"], before["c.weight"] + 0.7 * 1.5 * up @ down, rtol=1e-12)
+        np.testing.assert_allclose(after["c.bias"], before["c.bias"] + 0.7 * 1.5 * bias, rtol=1e-12)
 
     def test_convolutions_tucker_differences_and_biases(self, tmp_path: Path) -> None:
         base = {

@@ -95,6 +95,11 @@ class TestModules:
         arrays = {"base_model.model.emb.lora_embedding_A": DOWN, "base_model.model.emb.lora_embedding_B": UP}
         assert only_update(identify(save(tmp_path / "a.safetensors", arrays))).transposed
 
+    def test_an_alpha_without_its_pair_is_refused_by_module(self, tmp_path: Path) -> None:
+        arrays = {**PAIR, "lora_unet_conv_in.alpha": np.array(1.0)}
+        with pytest.raises(InputError, match="conv_in' is incomplete: it has alpha"):
+            identify(save(tmp_path / "a.safetensors", arrays))
+
     @pytest.mark.parametrize("half", ["lora_up", "lora_down"])
     def test_half_a_pair_is_refused_by_module(self, tmp_path: Path, half: str) -> None:
         arrays = {name: array for name, array in PAIR.items() if half in name}
@@ -153,10 +158,32 @@ class TestModules:
         adapter = identify(save(tmp_path / "a.safetensors", arrays))
         assert (adapter.algorithms, adapter.refusals) == ((algorithm,), ())
 
-    def test_an_algorithm_without_maths_is_named_and_refused(self, tmp_path: Path) -> None:
-        arrays = {"base_model.model.x.fourierft_spectrum": np.ones(4, np.float32)}
+    @pytest.mark.parametrize("module", ["lycoris_proj_out", "transformer.proj_out", "diffusion_model.x.qkv", "x.qkv"])
+    def test_the_vector_of_ia3_is_no_stored_weight_in_any_dialect(self, tmp_path: Path, module: str) -> None:
+        arrays = {f"{module}.weight": np.ones(4, np.float32), f"{module}.on_input": np.array(0)}
         adapter = identify(save(tmp_path / "a.safetensors", arrays))
-        assert adapter.algorithms == ("FourierFT",)
+        assert (adapter.algorithms, adapter.refusals, adapter.unknown) == (("ia3",), (), ())
+
+    def test_metadata_for_the_whole_file_scales_every_module(self, tmp_path: Path) -> None:
+        settings = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6})
+        arrays = {"x.to_q.lora_A.weight": np.ones((4, 8)), "x.to_q.lora_B.weight": np.ones((8, 4))}
+        path = save(tmp_path / "a.safetensors", arrays, {"lora_adapter_metadata": settings})
+        assert identify(path).modules[0].updates[0].scale == 1.5
+
+    @pytest.mark.parametrize(
+        ("factors", "algorithm"),
+        [
+            ({"base_model.model.x.fourierft_spectrum": (4,)}, "FourierFT"),
+            (
+                {f"lora_unet_x.{f}": (2, 2) for f in ("q_layer.weight", "p_layer.weight", "lambda_layer")},
+                "T-LoRA as LyCORIS stores it",
+            ),
+        ],
+    )
+    def test_an_algorithm_without_maths_is_named_and_refused(self, tmp_path: Path, factors, algorithm: str) -> None:
+        arrays = {name: np.ones(shape, np.float32) for name, shape in factors.items()}
+        adapter = identify(save(tmp_path / "a.safetensors", arrays))
+        assert adapter.algorithms == (algorithm,)
         assert adapter.refusals[0].exit_code == 6
 
     def test_tensors_no_format_knows_are_kept_for_the_accounting(self, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class TestFamilies:
             ("transformer.single_transformer_blocks.0.attn.to_q", FLUX | {"auraflow"}),
             ("transformer.single_transformer_blocks.0.proj_mlp", FLUX),
             ("transformer.single_transformer_blocks.0.norm.linear", FLUX - {"chroma"}),
-            ("transformer.transformer_blocks.0.norm1.linear", FLUX - {"chroma"} | {"sd3"}),
+            ("transformer.transformer_blocks.0.norm1.linear", FLUX - {"chroma"} | {"sd3", "mochi"}),
             ("transformer.context_embedder", {"flux", "chroma", "flux2", "sd3", "auraflow"}),
             ("transformer.x_embedder", {"flux", "chroma", "flux2", "lumina2", "z-image"}),
             ("transformer.pos_embed.proj", {"sd3", "pixart", "auraflow"}),

@@ -187,6 +187,11 @@ def test_oft_inverts_by_a_series_or_exactly(setting, terms) -> None:
     assert config.notes == ()
 
 
+def test_a_series_that_would_never_end_is_malformed() -> None:
+    with pytest.raises(InputError, match="num_cayley_neumann_terms"):
+        parse_peft_config({"peft_type": "OFT", "oft_block_size": 4, "num_cayley_neumann_terms": 10**9}, "config")
+
+
 def test_the_series_of_older_releases_is_noted() -> None:
     assert "0.18" in parse_peft_config({"peft_type": "OFT", "oft_block_size": 4}, "config").notes[0]
 
@@ -271,3 +276,10 @@ def test_metadata_holds_one_configuration_per_component() -> None:
     text = json.dumps({"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 1})
     configs = configs_in_metadata({"lora_adapter_metadata": text}, "file")
     assert (configs["unet"].scale("x", 4), configs["text_encoder"].scale("x", 2)) == (2.0, 0.5)
+
+
+def test_metadata_of_a_single_model_names_no_component() -> None:
+    """diffusers' save_lora_adapter."""
+    text = json.dumps({"r": 4, "lora_alpha": 8, "alpha_pattern": {"down_blocks.0": 2}})
+    configs = configs_in_metadata({"lora_adapter_metadata": text}, "file")
+    assert (configs[""].scale("x", 4), configs[""].scale("down_blocks.0", 4)) == (2.0, 0.5)

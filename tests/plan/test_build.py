@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import dits
 import numpy as np
 import pytest
 import torch
@@ -217,6 +218,38 @@ class TestMismatches:
         changed = {name: array + 1 for name, array in copies.items()}
         with pytest.raises(DuplicateTarget, match="contradicts itself"):
             build_plan(base, [save(lora, {**arrays, **changed})])
+
+    @pytest.mark.parametrize("zero_first", [True, False])
+    def test_zeros_beside_what_was_trained_contradict_nothing(self, tmp_path: Path, zero_first: bool) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        ours = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+        theirs = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+        arrays = {name: array for name, array in load(lora).items() if ours in name}
+        copies = {
+            name.replace(ours, theirs): np.zeros_like(array) if "lora_up" in name else array
+            for name, array in arrays.items()
+        }
+        both = {**copies, **arrays}
+        if not zero_first:
+            swap = {ours: theirs, theirs: ours}
+            both = {swap[name.partition(".")[0]] + name[name.index(".") :]: array for name, array in both.items()}
+        ((term,),) = terms(build_plan(base, [save(lora, both)])).values()
+        assert term.module == (ours if zero_first else theirs)
+
+    @pytest.mark.parametrize("spelling", ["to_", "to."])
+    def test_of_a_z_image_projection_stored_whole_and_in_parts_the_parts_count(self, tmp_path: Path, spelling) -> None:
+        base = save(tmp_path / "base.safetensors", random_arrays(dits.z_image()))
+        attention = "diffusion_model.layers.0.attention."
+        arrays = {}
+        for seed, (name, height) in enumerate({"qkv": 24, **{f"{spelling}{part}": 8 for part in "qkv"}}.items()):
+            up, down = lora_factors((height, 8), seed=seed)
+            arrays |= {f"{attention}{name}.lora.up.weight": up, f"{attention}{name}.lora.down.weight": down}
+        plan = build_plan(base, [save(tmp_path / "a.safetensors", arrays)])
+        (found,) = terms(plan).values()
+        assert sorted(term.module for term in found) == [f"{attention}{spelling}{part}" for part in "kqv"]
+        assert [(skipped.modules, skipped.reason) for skipped in plan.skipped] == [
+            (1, "q, k and v are stored one by one as well")
+        ]
 
     def test_plain_loras_on_the_wider_input_of_an_inpainting_model(self, tmp_path: Path) -> None:
         wide = {UNET + "input_blocks.0.0.weight": random(0, 4, 9, 3, 3).astype(np.float16)}
