@@ -92,18 +92,8 @@ class UpdateReader:
             yield f"alpha is 0 in {self._zero} of {self._total} modules: they change nothing"
 
     def _of_parameter(self, module: str, parameter: str, members: Members) -> Iterator[Update]:
-        magnitude = None
-        if "magnitude" in members:
-            is_peft = _PEFT_MAGNITUDE in members["magnitude"].tensor
-            is_mlx = members["magnitude"].tensor.endswith(".m")
-            magnitude = _PEFT_MAGNITUDE if is_peft else "m" if is_mlx else "dora_scale"
-        for disguised, (plain, transposed) in _DISGUISED.items():
-            if disguised in members:
-                # an embedding's factors are looked up by word, so MLX has them the way the embedding is stored
-                is_embedding = module.endswith(_EMBEDDINGS)
-                members[plain] = Member(members.pop(disguised).tensor, transposed and not is_embedding)
-        if "vera_lambda_b" in members:
-            members |= self._shared
+        magnitude = _magnitude_spelling(members)
+        self._name_plainly(module, members)
         stands_alone = members.keys() & {"token_rows", "value"}
         if "token_rows" in members:
             yield self._tokens(module, parameter, members.pop("token_rows"))
@@ -111,12 +101,28 @@ class UpdateReader:
             value = members.pop("value").tensor
             yield Update(parameter, "set", {"value": value}, as_matrix(self._shape(value)))
         beside = {factor: members.pop(factor) for factor in ("up_bias", *_SPARSE) if factor in members}
+        if members.keys() <= set(SCALARS) and (stands_alone or beside):
+            yield from self._beside(module, parameter, beside, 1.0)
+        else:
+            yield from self._factored(module, parameter, members, magnitude, beside)
+
+    def _name_plainly(self, module: str, members: Members) -> None:
+        """Give factors that are others in disguise their names, and VeRA the matrices that all modules share."""
+        for disguised, (plain, transposed) in _DISGUISED.items():
+            if disguised in members:
+                # an embedding's factors are looked up by word, so MLX has them the way the embedding is stored
+                is_embedding = module.endswith(_EMBEDDINGS)
+                members[plain] = Member(members.pop(disguised).tensor, transposed and not is_embedding)
+        if "vera_lambda_b" in members:
+            members |= self._shared
+
+    def _factored(
+        self, module: str, parameter: str, members: Members, magnitude: str | None, beside: Members
+    ) -> Iterator[Update]:
+        """The update that the factors of a row of ALGORITHMS make, with what lies beside them."""
         grown: tuple[int, ...] = ()
         if "reshape_weight" in members:
             grown = tuple(map(int, read_numbers(self._source.file, members.pop("reshape_weight").tensor)))
-        if members.keys() <= set(SCALARS) and (stands_alone or beside):
-            yield from self._beside(module, parameter, beside, 1.0)
-            return
         row = self._row(module, members)
         tensors = {factor: member.tensor for factor, member in members.items() if factor in row.factors}
         shapes = self._shapes(tensors)
@@ -318,3 +324,13 @@ class UpdateReader:
         if not math.isfinite(value):
             raise NonFinite(f"{self._source.path}: {tensor!r} is {value}", tensor=tensor)
         return value
+
+
+def _magnitude_spelling(members: Members) -> str | None:
+    """How the DoRA magnitude is spelled, which says what its shape can mean; None without one."""
+    if "magnitude" not in members:
+        return None
+    tensor = members["magnitude"].tensor
+    if _PEFT_MAGNITUDE in tensor:
+        return _PEFT_MAGNITUDE
+    return "m" if tensor.endswith(".m") else "dora_scale"

@@ -13,6 +13,8 @@ from bake.errors import InputError, Unsupported
 from bake.io.files import open_for_reading, read_bytes, read_into
 from bake.io.header import Header, TensorInfo, header_length, parse_header
 
+_FEW = 64  # numbers that are read while planning
+
 
 class TensorFile(Protocol):
     """What the rest of bake needs of a file, whatever its format."""
@@ -126,9 +128,14 @@ def read_number(file: TensorFile, name: str) -> float:
 
 
 def read_numbers(file: TensorFile, name: str) -> list[float]:
-    """The values of a small tensor of any numeric dtype, in order. Raises InputError if it holds no numbers."""
+    """The values of a small tensor of any numeric dtype, in order.
+
+    Raises InputError if it holds no numbers, or far more than a shape has.
+    """
     info = file.tensors[name]
     count = max(1, math.prod(info.shape))
+    if count > _FEW:
+        raise InputError(f"{file.path}: {name!r} should be a few numbers, it has shape {list(info.shape)}")
     size = info.nbytes // count
     stored = read_tensor_bytes(file, name)
     try:

@@ -11,7 +11,7 @@ import torch
 from support import save, save_torch
 
 from bake.errors import HeaderError, InputError, Unsupported
-from bake.io.tensorfile import SafetensorsFile, open_tensors, read_number, read_tensor_bytes
+from bake.io.tensorfile import SafetensorsFile, open_tensors, read_number, read_numbers, read_tensor_bytes
 
 
 def test_bytes_of_a_tensor_are_read_by_name(tmp_path: Path) -> None:
@@ -83,3 +83,11 @@ def test_a_file_shortened_after_opening_is_an_input_error(tmp_path: Path) -> Non
     os.truncate(path, 500)
     with pytest.raises(InputError, match="ends at byte 500"):
         read_tensor_bytes(file, "x")
+
+
+def test_numbers_are_read_in_order_and_only_a_few(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"shape": np.array([3, -1, 2]), "weight": np.zeros((65,), np.float32)})
+    file = open_tensors(path)
+    assert read_numbers(file, "shape") == [3, -1, 2]
+    with pytest.raises(InputError, match="a few numbers"):
+        read_numbers(file, "weight")
