@@ -83,7 +83,7 @@ _ROWS = (
         Kind("a VAE", "It replaces a component; it is not added to one.", is_checkpoint=True),
     ),
 )
-_KINDS = tuple((re.compile(pattern), kind) for pattern, kind in _ROWS)
+_KINDS = tuple((re.compile(rf"^(?:{pattern})$", re.MULTILINE), kind) for pattern, kind in _ROWS)
 
 
 def kind_of(names: Collection[str], beside_factors: bool) -> Kind | None:
@@ -91,7 +91,8 @@ def kind_of(names: Collection[str], beside_factors: bool) -> Kind | None:
 
     beside_factors: the file holds adapter factors too; then only kinds that do so come into question.
     """
+    lines = "\n".join(names)  # one search through all names is many times faster than one for each
     for pattern, kind in _KINDS:
-        if (kind.has_factors or not beside_factors) and any(pattern.fullmatch(name) for name in names):
+        if (kind.has_factors or not beside_factors) and pattern.search(lines):
             return kind
     return None

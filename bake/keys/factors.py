@@ -285,7 +285,7 @@ class Algorithm:
 
     def fits(self, shapes: Shapes) -> bool:
         """True if factors of these shapes are stored this way."""
-        present = all(factor in shapes for factor in self.required)
+        present = all(map(shapes.__contains__, self.required))
         return present and (self.axes is None or len(shapes[self.required[0]]) == self.axes)
 
 
