@@ -8,6 +8,7 @@ the rows it needs: one for one, whole blocks for rotations, every row once for c
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -100,7 +101,7 @@ class Chain:
         return step.rows(wanted, lambda rows: self._after(count - 1, rows, base))
 
 
-class _Step:
+class _Step(ABC):
     """One term on its region of the tensor."""
 
     def __init__(self, shape: tuple[int, ...], term: TermLike, factors: Factors) -> None:
@@ -128,9 +129,9 @@ class _Step:
         """The rows of the tensor that have to be known together to make the rows `mine`."""
         return mine
 
+    @abstractmethod
     def new(self, old: Tensor, rows: range, before: Rows) -> Tensor:
         """The new values of the region in these rows of the tensor, from the old ones."""
-        raise NotImplementedError
 
     def own(self, rows: range) -> range:
         """Rows of the tensor -> rows of the update."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def work_on(plan: TensorPlan, files: FileSet, device: Device) -> Work:
     return Chained(plan, files, device)
 
 
-class Work:
+class Work(ABC):
     """The terms of one tensor, ready for any chunk of it."""
 
     dtype: torch.dtype  # compute dtype
@@ -61,16 +62,16 @@ class Work:
         out.copy_(total if total.dtype == torch.float32 and self._device.is_cpu else narrow(total, out.dtype))
         return self._survival(total, raw, out, chunk) if self.plan.terms else Survival(0.0, 0.0)
 
+    @abstractmethod
     def _total(self, raw: Tensor, chunk: Chunk, scratch: Tensor) -> Tensor:
         """The new values of the chunk, not yet rounded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _survival(self, total: Tensor, raw: Tensor, out: Tensor, chunk: Chunk) -> Survival:
         """Sums in float64: |update|^2 and |update - (out - base)|^2.
 
         The base counts as it would be stored without the update: what rounding it loses is not the update's.
         """
-        raise NotImplementedError
 
     def _load(self, stored: Stored) -> Tensor:
         """A whole factor in the compute dtype, on the device."""

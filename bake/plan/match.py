@@ -282,18 +282,9 @@ class AdapterMatcher:
         if update.magnitude is not None:
             decomposition = self._decomposition(module, update, region, self._shape_of(place.tensor))
         plain_lora = update.algorithm == "lora" and not {"mid", "magnitude"} & update.factors.keys()
-        return Term(
-            algorithm=update.algorithm,
-            factors={factor: self._stored(name) for factor, name in sorted(update.factors.items())},
+        return self._on_region(
+            *(module, component, update, region),
             scale=update.scale,
-            weight=self.choice.weight_for(component),
-            rows=region.rows,
-            columns=region.columns,
-            part=region.part,
-            height=region.height,
-            transposed=region.transposed,
-            adapter=self.place,
-            module=module.name,
             dora=decomposition,
             settings=self._settings(update, region, self.base.tensors[place.tensor].shape),
             rank_limit=self.choice.rank_limit if plain_lora else None,
@@ -302,19 +293,23 @@ class AdapterMatcher:
 
     def _share_term(self, module: Module, component: str, share: Share) -> Term:
         (update,) = module.updates
+        settings = {"expert": share.expert, "experts": share.experts}
+        return self._on_region(module, component, update, share.region, scale=share.scale, settings=settings)
+
+    def _on_region(self, module: Module, component: str, update: Update, region: Region, **rest: Any) -> Term:
+        """The term with everything that the region, the adapter and its weight say."""
         return Term(
             algorithm=update.algorithm,
             factors={factor: self._stored(name) for factor, name in sorted(update.factors.items())},
-            scale=share.scale,
             weight=self.choice.weight_for(component),
-            rows=share.rows,
-            columns=share.columns,
-            part=share.part,
-            height=share.height,
-            transposed=share.place.transposed,
+            rows=region.rows,
+            columns=region.columns,
+            part=region.part,
+            height=region.height,
+            transposed=region.transposed,
             adapter=self.place,
             module=module.name,
-            settings={"expert": share.expert, "experts": share.experts},
+            **rest,
         )
 
     def _add(self, module: Module, term: Term, place: Place) -> None:

@@ -11,6 +11,7 @@ from bake.keys.experts import ExpertSlice, Level, expert_updates, split_nesting
 from bake.keys.factors import as_matrix
 from bake.keys.modules import Found, ModuleIndex
 from bake.keys.places import Place
+from bake.plan.regions import Region
 
 _PARAMETERS = ("gate_up_proj", "down_proj")  # of a stack of experts
 
@@ -19,10 +20,7 @@ class Share(NamedTuple):
     """What one expert takes from the factors of a stacked LoRA, and where it goes."""
 
     place: Place
-    rows: tuple[int, int]  # of the tensor, counted through a stack
-    columns: tuple[int, int]
-    part: tuple[int, int]  # rows of the expert's update that go there
-    height: int  # of the expert's update
+    region: Region  # rows are counted through a stack; part and height are those of the expert's update
     scale: float
     expert: int
     experts: int
@@ -87,7 +85,8 @@ def _shares(slice_: ExpertSlice, experts: int, scale: float, shapes: Mapping[str
         rows = _span(place, shapes)
         part = place.part or (0, rows[1] - rows[0])
         columns = (0, shapes[place.tensor][-1])
-        yield Share(place, rows, columns, part, height, scale, slice_.expert, experts)
+        region = Region(rows, columns, part, height, place.transposed)
+        yield Share(place, region, scale, slice_.expert, experts)
 
 
 def _span(place: Place, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
