@@ -427,3 +427,22 @@ def test_planning_closes_every_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         build_plan(base, [lora], only=["te3"])
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_transforms_are_applied_in_the_order_of_the_user_and_sums_in_one_of_their_own(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", {"layer.weight": random(0, 4, 4)})
+    loras = [
+        save(
+            tmp_path / f"{n}.safetensors",
+            {"layer.lora_A.weight": random(n, 2, 4), "layer.lora_B.weight": random(9, 4, 2)},
+        )
+        for n in (1, 2)
+    ]
+    rotation = save(tmp_path / "oft.safetensors", {"layer.oft_blocks": random(3, 2, 2, 2)})
+
+    def order(*adapters: Path) -> list[str]:
+        return [use.name for use in build_plan(base, adapters).adapters]
+
+    assert order(*loras) == order(*reversed(loras))
+    for chosen in ((loras[0], rotation, loras[1]), (loras[1], loras[0], rotation)):
+        assert order(*chosen) == [path.name for path in chosen]
