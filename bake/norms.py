@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bake.adapters import DELTAS, LOW_RANK
+from bake.adapters import Update as Delta
 from bake.identify.adapter import Adapter
 from bake.identify.parts import block_of, component_of, in_order
 from bake.identify.updates import Update
@@ -70,15 +71,19 @@ def _squared_norm(update: Update, file: TensorFile) -> float | None:
         # |L R|^2 = trace((L^T L) (R R^T)): two small squares of the rank's size instead of the product
         square = float(((left.T @ left) * (right @ right.T)).sum())
         return 0.0 if square < 0 else square  # rounding around zero; NaN stays
-    height = update.extent[0]
-    if update.algorithm in DELTAS and height is not None:
+    height, width = update.extent
+    if update.algorithm in DELTAS and height is not None and width is not None:
         factors = {name: _load(file, tensor) for name, tensor in update.factors.items()}
         pieces = (range(first, min(first + _ROWS, height)) for first in range(0, height, _ROWS))
-        delta = DELTAS[update.algorithm]
-        return sum(
-            float(delta(**factors, rows=rows, scale=update.scale, **update.settings).square().sum()) for rows in pieces
-        )
+        delta = DELTAS[update.algorithm](**factors, scale=update.scale, **update.settings)
+        return sum(_squared_norm_of_rows(delta, rows, width) for rows in pieces)
     return None
+
+
+def _squared_norm_of_rows(delta: Delta, rows: range, width: int) -> float:
+    values = torch.zeros((len(rows), width), dtype=torch.float64)
+    delta.add_to(values, rows)
+    return float(values.square_().sum())
 
 
 def _load(file: TensorFile, name: str) -> Tensor:

@@ -32,13 +32,20 @@ from bake.adapters import (
 )
 
 
+class Update(Protocol):
+    """An additive update, prepared for one tensor."""
+
+    def add_to(self, block: Tensor, rows: range) -> None:
+        """Add these contiguous rows of the update, seen as a matrix (out, in * kernel), to `block`, in place."""
+
+
 class Transform(Protocol):
     """An algorithm that makes a new weight out of the old one, prepared for one tensor."""
 
-    block: int | None  # rows are transformed in multiples of this many; None: all at once
+    block: int  # rows are transformed in multiples of this many
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """The new values of these rows of the weight, seen as a matrix (out, in * kernel)."""
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite these rows of the weight, seen as a matrix (out, in * kernel), with their new values."""
 
 
 # low_rank(factors..., scale): the update as two matrices, left @ right. Updates given so are summed by
@@ -49,8 +56,8 @@ LOW_RANK: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "vera": vera.low_rank,
 }
 
-# delta(factors..., rows, scale): some rows of the update.
-DELTAS: dict[str, Callable[..., Tensor]] = {"loha": loha.delta, "lokr": lokr.delta, "sparse": sparse_bias.delta}
+# Update(factors..., scale, transposed).
+DELTAS: dict[str, Callable[..., Update]] = {"loha": loha.Update, "lokr": lokr.Update, "sparse": sparse_bias.Update}
 
 # updated(old, stored, scale): new rows from the old ones and the same rows of one stored tensor.
 STORED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"full": full.updated, "set": replace.updated}

@@ -41,26 +41,27 @@ class Transform:
             raise ValueError(f"{len(oft_blocks)} stages of blocks of {size} rows cannot shuffle {shape[0]} rows")
         if rescale is not None and rescale.numel() != shape[0]:
             raise ValueError(f"rescale {list(rescale.shape)} does not have one number for each of {shape[0]} rows")
-        self.block: int | None = widest
+        self.block = widest
         skewed = shortened(skew(oft_blocks), (alpha or 0) * shape[0], kohya=False)
         self._strength = strength
         self._stages = towards(cayley(skewed), strength)
         self._rescale = None if rescale is None else rescale.reshape(-1, 1)
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """Return the new values of `rows`, whole groups of `block`, from their old ones; the dtype of `weight`.
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite the rows `rows` of the weight, (len(rows), in * kernel), with their new values.
 
-        weight: (len(rows), in * kernel). Raises ValueError if the rows are no whole groups.
+        Raises ValueError if the rows are no whole groups of `block`.
         """
         size = self._stages.shape[-1]
         blocks_of(rows, size << (len(self._stages) - 1))
         if self._strength == 0:
-            return weight
+            return
+        new = weight
         for stage, blocks in enumerate(self._stages[:, blocks_of(rows, size)]):
             half = size // 2 << stage
-            mixed = weight.reshape(-1, 2, half, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+            mixed = new.reshape(-1, 2, half, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
             mixed = multiply_rows(blocks, mixed)
-            weight = mixed.reshape(-1, half, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+            new = mixed.reshape(-1, half, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        weight.copy_(new)
         if self._rescale is not None:
-            weight = weight * self._rescale[rows.start : rows.stop].to(weight.dtype)
-        return weight
+            weight.mul_(self._rescale[rows.start : rows.stop])

@@ -15,12 +15,13 @@ import math
 from torch import Tensor
 
 from bake.adapters.rotations import cayley, multiply_columns, skew, square_blocks
+from bake.adapters.rows import part
 
 
 class Transform:
     """BOFT on input columns. Source: arXiv:2311.06243; PEFT tuners/boft/layer.py."""
 
-    block: int | None = 1
+    block: int = 1
 
     def __init__(self, boft_r: Tensor, boft_s: Tensor, *, shape: tuple[int, ...], strength: float) -> None:
         """Prepare the rotations, in the dtype of `boft_r`.
@@ -39,12 +40,12 @@ class Transform:
             raise ValueError(f"boft_s {list(boft_s.shape)} does not have one number for each of {shape[0]} rows")
         self._strength = strength
         self._stages = cayley(skew(boft_r) / -2).transpose(-1, -2)
-        self._scales = boft_s.reshape(-1, 1)
+        self._scales = strength * boft_s.reshape(-1, 1)
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """Return the new values of `rows` from their old ones; the dtype of `weight` (len(rows), in * kernel)."""
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite the rows `rows` of the weight, (len(rows), in * kernel), with their new values."""
         if self._strength == 0:
-            return weight
+            return
         new = weight
         for stage, blocks in enumerate(self._stages):
             if stage == 0:  # nothing is shuffled yet, and the blocks may be of odd size
@@ -54,5 +55,4 @@ class Transform:
             new = new.reshape(len(rows), -1, 2, pairs, pieces).transpose(2, 3).reshape(weight.shape)
             new = multiply_columns(new, blocks)
             new = new.reshape(len(rows), -1, pairs, 2, pieces).transpose(2, 3).reshape(weight.shape)
-        new = new * self._scales[rows.start : rows.stop : rows.step].to(weight.dtype)
-        return self._strength * new + (1 - self._strength) * weight
+        weight.mul_(1 - self._strength).addcmul_(new, part(self._scales, rows))

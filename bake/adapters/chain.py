@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from bake.adapters import DELTAS, LOW_RANK, STORED, TRANSFORMS, dora
 
-_PASS_ELEMENTS = 1024 * 1024  # of a tensor, read at a time where every row is needed once
+_PASS_ELEMENTS = 128 * 1024  # of a tensor, held at a time where every row is needed once: they stay in the cache
+_SHARES = 32  # in which threads take such a pass over a tensor
 
-Rows = Callable[[range], Tensor]  # contiguous rows of the tensor -> their values, a matrix
+# Contiguous rows of the tensor -> their values, a float64 matrix for the receiver to overwrite. It may lie in the
+# memory of the one before: nothing that was received earlier is used after the next call.
+Rows = Callable[[range], Tensor]
 
 
 class DecompositionLike(Protocol):
@@ -91,7 +95,11 @@ class Chain:
         self._steps = [_step(shape, term, factors) for term in terms]
 
     def rows(self, wanted: range, base: Rows) -> Tensor:
-        """The values of the `wanted` contiguous rows after every term; base: gives the values before."""
+        """The values of the `wanted` contiguous rows after every term, where possible in the memory that `base` gave.
+
+        base: gives the values before, of these and of other rows, for the chain to overwrite; each call may
+        hand out the same memory.
+        """
         return self._after(len(self._steps), wanted, base)
 
     def _after(self, count: int, wanted: range, base: Rows) -> Tensor:
@@ -114,24 +122,32 @@ class _Step(ABC):
 
     def rows(self, wanted: range, before: Rows) -> Tensor:
         """The wanted rows of the tensor after this term."""
+        return self.rows_by(self.change, wanted, before)
+
+    def rows_by(self, change: Callable[[Tensor, range], None], wanted: range, before: Rows) -> Tensor:
+        """`rows`, by a change of the region that may be another than `change`."""
         first, last = self.term.rows
         mine = range(max(first, wanted.start), min(last, wanted.stop))
         if not mine:
             return before(wanted)
+        self.prepare(before)
         needed = self.needed(mine)
         held = range(min(wanted.start, needed.start), max(wanted.stop, needed.stop))
-        values = before(held).clone()
+        values = before(held)
         region = values[needed.start - held.start : needed.stop - held.start, slice(*self.term.columns)]
-        region.copy_(self.new(region, needed, before))
+        change(region, needed)
         return values[wanted.start - held.start : wanted.stop - held.start]
+
+    def prepare(self, before: Rows) -> None:  # noqa: B027 - most steps need nothing but the rows they change
+        """Settle, once, what depends on all rows of the region."""
 
     def needed(self, mine: range) -> range:
         """The rows of the tensor that have to be known together to make the rows `mine`."""
         return mine
 
     @abstractmethod
-    def new(self, old: Tensor, rows: range, before: Rows) -> Tensor:
-        """The new values of the region in these rows of the tensor, from the old ones."""
+    def change(self, region: Tensor, rows: range) -> None:
+        """Overwrite the region in these rows of the tensor with its new values."""
 
     def own(self, rows: range) -> range:
         """Rows of the tensor -> rows of the update."""
@@ -144,10 +160,10 @@ class _Additive(_Step):
 
     def __init__(self, shape: tuple[int, ...], term: TermLike, factors: Factors) -> None:
         super().__init__(shape, term, factors)
-        self.update = _update(term, self.load(factors, "magnitude"), term.scale * term.weight)
+        self.add_to = _adding(term, self.load(factors), term.scale * term.weight)
 
-    def new(self, old: Tensor, rows: range, before: Rows) -> Tensor:
-        return old + self.update(rows)
+    def change(self, region: Tensor, rows: range) -> None:
+        self.add_to(region, rows)
 
 
 class _Stored(_Step):
@@ -157,51 +173,134 @@ class _Stored(_Step):
         super().__init__(shape, term, factors)
         self.factors = factors
 
-    def new(self, old: Tensor, rows: range, before: Rows) -> Tensor:
+    def change(self, region: Tensor, rows: range) -> None:
         (name,) = self.term.factors
+        own = self.own(rows)
         if self.term.transposed:
             whole = self.factors.whole(self.term, name)
-            own = self.own(rows)
             stored = whole.reshape(whole.shape[0], -1).T[own.start : own.stop]
         else:
-            stored = self.factors.rows(self.term, name, self.own(rows))
-        return STORED[self.term.algorithm](old, stored, self.term.scale * self.term.weight)
+            stored = self.factors.rows(self.term, name, own)
+        region.copy_(STORED[self.term.algorithm](region, stored, self.term.scale * self.term.weight))
 
 
 class _Decomposed(_Step):
     """DoRA around an additive update."""
 
-    def __init__(self, shape: tuple[int, ...], term: TermLike, factors: Factors) -> None:
+    def __init__(self, shape: tuple[int, ...], term: TermLike, factors: Factors, decomposition: DecompositionLike):
         super().__init__(shape, term, factors)
-        self.update = _update(term, self.load(factors, "magnitude"), term.scale)
-        # A transposed target turns the update's output axis into the tensor's columns.
-        assert term.dora is not None
-        self.by_column = (term.dora.axis == 1) != term.transposed
-        self.strength = {"strength": term.weight, "epsilon": term.dora.epsilon}
+        self.settings = {"strength": term.weight, "epsilon": decomposition.epsilon}
+        self.add_to = _adding(term, self.load(factors, "magnitude"), term.scale)
         self.magnitude = factors.whole(term, "magnitude").flatten()
-        if not self.by_column:
-            self.magnitude = self.magnitude[term.part[0] : term.part[1]]
-        self.norms: Tensor | None = None
 
-    def new(self, old: Tensor, rows: range, before: Rows) -> Tensor:
-        updated = old + self.update(rows)
+    def updated(self, old: Tensor, rows: range) -> Tensor:
+        """V beside W."""
+        values = old.clone(memory_format=torch.contiguous_format)
+        self.add_to(values, rows)
+        return values
+
+
+class _OldNeeded(Exception):
+    """The values were to be made in the place of the old ones, and some of the old ones stay."""
+
+
+class _DecomposedRows(_Decomposed):
+    """DoRA that gives the tensor's rows their lengths."""
+
+    def __init__(self, shape: tuple[int, ...], term: TermLike, factors: Factors, decomposition: DecompositionLike):
+        super().__init__(shape, term, factors, decomposition)
+        self.magnitude = self.magnitude[term.part[0] : term.part[1]].unsqueeze(1)
+
+    def rows(self, wanted: range, before: Rows) -> Tensor:
+        """The wanted rows of the tensor after this term."""
+        if self.term.weight == 1:
+            try:
+                return self.rows_by(self.replace, wanted, before)
+            except _OldNeeded:
+                pass
+        return self.rows_by(self.change, wanted, before)
+
+    def replace(self, region: Tensor, rows: range) -> None:
+        """As `change` without the cost of V beside W. Raises _OldNeeded if a row of V has no direction."""
+        self.add_to(region, rows)
+        gain, rest = self.shares(region, rows)
+        if rest.any():
+            raise _OldNeeded
+        region.mul_(gain)
+
+    def change(self, region: Tensor, rows: range) -> None:
+        if self.term.weight != 0:
+            updated = self.updated(region, rows)
+            dora.blend(region, updated, *self.shares(updated, rows))
+
+    def shares(self, updated: Tensor, rows: range) -> tuple[Tensor, Tensor]:
         first = self.term.rows[0]
-        if self.by_column:
-            norms = self._column_norms(before, self.magnitude.numel())
-            return dora.by_column(old, updated, self.magnitude, norms, **self.strength)
-        return dora.by_row(old, updated, self.magnitude[rows.start - first : rows.stop - first], **self.strength)
+        magnitude = self.magnitude[rows.start - first : rows.stop - first]
+        return dora.shares(magnitude, dora.row_norms(updated), **self.settings)
 
-    def _column_norms(self, before: Rows, channels: int) -> Tensor:
-        with self.lock:
-            if self.norms is None:
-                squares: Tensor | None = None
-                for block in _blocks(self.term):
-                    updated = before(block)[:, slice(*self.term.columns)] + self.update(block)
-                    part = dora.column_squares(updated, channels)
-                    squares = part if squares is None else squares + part
-                assert squares is not None
-                self.norms = squares.sqrt()
-            return self.norms
+
+class _DecomposedColumns(_Decomposed):
+    """DoRA that gives the tensor's input channels their lengths, which takes a pass over all rows."""
+
+    def __init__(self, shape: tuple[int, ...], term: TermLike, factors: Factors, decomposition: DecompositionLike):
+        super().__init__(shape, term, factors, decomposition)
+        self.squares = _Pass(_shares(term), self.squares_of)
+        self.shares: tuple[Tensor, Tensor] | None = None  # of V and of W, for each column
+
+    def squares_of(self, blocks: Sequence[range], before: Rows) -> Tensor:
+        total = torch.zeros_like(self.magnitude)
+        for block in blocks:
+            values = before(block)[:, slice(*self.term.columns)]
+            self.add_to(values, block)
+            total += dora.column_squares(values, self.magnitude.numel())
+        return total
+
+    def prepare(self, before: Rows) -> None:
+        if self.term.weight == 0 or self.shares is not None:
+            return  # two threads may both come this far, with the same result
+        norms = self.squares.total(before).sqrt()
+        taps = (self.term.columns[1] - self.term.columns[0]) // norms.numel()
+        gain, rest = dora.shares(self.magnitude, norms, **self.settings)
+        self.shares = gain.repeat_interleave(taps), rest.repeat_interleave(taps)
+
+    def change(self, region: Tensor, rows: range) -> None:
+        if self.shares is None:  # at weight 0
+            return
+        gain, rest = self.shares
+        if rest.any():
+            dora.blend(region, self.updated(region, rows), gain, rest)
+        else:  # nothing of W is left
+            self.add_to(region, rows)
+            region.mul_(gain)
+
+
+class _Pass:
+    """A sum over all rows of a tensor, made by all threads that need it; always in the same order."""
+
+    def __init__(self, shares: Sequence[Sequence[range]], part: Callable[[Sequence[range], Rows], Tensor]) -> None:
+        """shares: blocks of rows that one thread takes together. part: their contribution to the sum."""
+        self._part = part
+        self._lock = threading.Lock()
+        self._parts: list[Future[Tensor]] = [Future() for _ in shares]
+        self._open = iter(zip(self._parts, shares, strict=True))
+
+    def total(self, before: Rows) -> Tensor:
+        """Do what is still to be done of the pass, wait for the other threads, and return the sum.
+
+        Raises whatever `before` raised in any of the threads.
+        """
+        while (taken := self._take()) is not None:
+            future, blocks = taken
+            try:
+                future.set_result(self._part(blocks, before))
+            except BaseException as error:
+                future.set_exception(error)  # for those who wait
+                raise
+        return torch.stack([future.result() for future in self._parts]).sum(0)
+
+    def _take(self) -> tuple[Future[Tensor], Sequence[range]] | None:
+        with self._lock:
+            return next(self._open, None)
 
 
 class _Transform(_Step):
@@ -218,29 +317,32 @@ class _Transform(_Step):
         self.transform = TRANSFORMS[term.algorithm](
             **self.load(factors), shape=own, strength=term.weight, **term.settings
         )
-        self.whole: Tensor | None = None
+        self.whole: Tensor | None = None  # of a transposed target, whose blocks are no rows
+
+    def prepare(self, before: Rows) -> None:
+        if not self.term.transposed:
+            return
+        with self.lock:
+            if self.whole is None:
+                columns = before(range(*self.term.rows))[:, slice(*self.term.columns)].T.contiguous()
+                self.transform.apply(columns, range(len(columns)))
+                self.whole = columns.T
 
     def needed(self, mine: range) -> range:
         block = self.transform.block
-        if block is None or block == 1 or self.term.transposed:
+        if block == 1 or self.term.transposed:
             return mine
         shift = self.term.part[0] - self.term.rows[0]
         first = (mine.start + shift) // block * block - shift
         last = -(-(mine.stop + shift) // block) * block - shift
         return range(first, last)
 
-    def new(self, old: Tensor, rows: range, before: Rows) -> Tensor:
-        if self.transform.block is not None and not self.term.transposed:
-            return self.transform.apply(old, self.own(rows))
-        first, last = self.term.rows
-        with self.lock:
-            if self.whole is None:
-                values = before(range(first, last))[:, slice(*self.term.columns)]
-                if self.term.transposed:
-                    self.whole = self.transform.apply(values.T, range(values.shape[1])).T
-                else:
-                    self.whole = self.transform.apply(values, range(*self.term.part))
-        return self.whole[rows.start - first : rows.stop - first]
+    def change(self, region: Tensor, rows: range) -> None:
+        if self.whole is None:
+            self.transform.apply(region, self.own(rows))
+        else:
+            first = self.term.rows[0]
+            region.copy_(self.whole[rows.start - first : rows.stop - first])
 
 
 class _Turned:
@@ -253,9 +355,9 @@ class _Turned:
         """The wanted rows of the tensor after the term."""
 
         def seen(rows: range) -> Tensor:
-            return torch.cat([before(piece) for piece in self._turned(rows, self.turn)])
+            return _joined(self._turned(rows, self.turn), before)
 
-        return torch.cat([self.step.rows(piece, seen) for piece in self._turned(wanted, -self.turn)])
+        return _joined(self._turned(wanted, -self.turn), lambda rows: self.step.rows(rows, seen))
 
     def _turned(self, rows: range, by: int) -> list[range]:
         first = (rows.start + by) % self.height
@@ -263,41 +365,41 @@ class _Turned:
         return [range(first, first + len(rows))] if past <= 0 else [range(first, self.height), range(past)]
 
 
-_STEPS: dict[str, type[_Step]] = {
-    "additive": _Additive,
-    "stored": _Stored,
-    "decomposed": _Decomposed,
-    "transform": _Transform,
-}
-
-
 def _step(shape: tuple[int, ...], term: TermLike, factors: Factors) -> _Step | _Turned:
-    step = _STEPS[_kind(term)](shape, term, factors)
+    step = _plain_step(shape, term, factors)
     return _Turned(step, term.turn, shape[0]) if term.turn else step
 
 
-def _kind(term: TermLike) -> str:
+def _plain_step(shape: tuple[int, ...], term: TermLike, factors: Factors) -> _Step:
     if term.algorithm in TRANSFORMS:
-        return "transform"
-    if "magnitude" in term.factors:
-        return "decomposed"
-    return "stored" if term.algorithm in STORED else "additive"
+        return _Transform(shape, term, factors)
+    if term.dora is not None:
+        # A transposed target turns the update's output axis into the tensor's columns.
+        by_column = (term.dora.axis == 1) != term.transposed
+        return (_DecomposedColumns if by_column else _DecomposedRows)(shape, term, factors, term.dora)
+    return (_Stored if term.algorithm in STORED else _Additive)(shape, term, factors)
 
 
-def _update(term: TermLike, factors: Mapping[str, Tensor], scale: float) -> Rows:
-    """rows of the tensor -> the part of the additive update that belongs there."""
+def _adding(term: TermLike, factors: Mapping[str, Tensor], scale: float) -> Callable[[Tensor, range], None]:
+    """(region, rows of the tensor): adds the part of the additive update that belongs there, in place."""
     first = term.rows[0]
     if term.algorithm in LOW_RANK:
         left, right = pair(term, factors, scale)
-        return lambda rows: left[rows.start - first : rows.stop - first] @ right
-    delta, shift = DELTAS[term.algorithm], term.part[0] - first
-    if term.transposed:
-        across = range(term.columns[1] - term.columns[0])
-        whole = delta(**factors, rows=across, scale=scale, **term.settings).T
-        return lambda rows: whole[rows.start + shift : rows.stop + shift]
-    return lambda rows: delta(
-        **factors, rows=range(rows.start + shift, rows.stop + shift), scale=scale, **term.settings
-    )
+
+        def add(region: Tensor, rows: range) -> None:
+            region.addmm_(left[rows.start - first : rows.stop - first], right)
+
+        return add
+    update = DELTAS[term.algorithm](**factors, scale=scale, transposed=term.transposed, **term.settings)
+    shift = term.part[0] - first
+    return lambda region, rows: update.add_to(region, range(rows.start + shift, rows.stop + shift))
+
+
+def _joined(pieces: Sequence[range], rows: Rows) -> Tensor:
+    """The rows of several pieces below each other."""
+    if len(pieces) == 1:
+        return rows(pieces[0])
+    return torch.cat([rows(piece).clone() for piece in pieces])
 
 
 def _channels(width: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
@@ -307,7 +409,10 @@ def _channels(width: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
     return (width // taps, *kernel)
 
 
-def _blocks(term: TermLike) -> list[range]:
+def _shares(term: TermLike) -> list[list[range]]:
+    """The rows of a term in blocks of bounded size, shared out; both follow from the term alone."""
     first, last = term.rows
     step = max(1, _PASS_ELEMENTS // max(1, term.columns[1] - term.columns[0]))
-    return [range(start, min(last, start + step)) for start in range(first, last, step)]
+    blocks = [range(start, min(last, start + step)) for start in range(first, last, step)]
+    size = -(-len(blocks) // _SHARES)
+    return [blocks[start : start + size] for start in range(0, len(blocks), size)]

@@ -16,53 +16,35 @@ from torch import Tensor
 EPSILON = torch.finfo(torch.float32).eps
 
 
-def decomposed(
-    weight: Tensor, updated: Tensor, magnitude: Tensor, norms: Tensor, *, strength: float, epsilon: float = 0.0
-) -> Tensor:
-    """Return the new values of some rows, in the dtype of `weight`; exactly `weight` at strength 0.
+def shares(magnitude: Tensor, norms: Tensor, *, strength: float, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return how much of V and how much of W is in W', for each row or channel, in the shape and dtype of `norms`.
 
-    weight, updated: (rows, in * kernel), W and V. magnitude, norms: of shapes that broadcast to theirs,
-    (rows, 1) or (1, in * kernel). epsilon: added to norms that are not 0.
+    magnitude: as many numbers, of any shape. norms: n. epsilon: added to norms that are not 0.
     Source: arXiv:2402.09353, eq. 5; LyCORIS functional/general.py, PEFT tuners/lora/dora.py.
     """
-    if strength == 0:
-        return weight
-    new = updated * (magnitude / (norms + epsilon)).to(weight.dtype)
-    return torch.where(norms == 0, weight, strength * new + (1 - strength) * weight)  # a NaN has to show
+    shapeless = norms == 0  # a NaN has to show
+    gain = strength * (magnitude.reshape(norms.shape).to(norms.dtype) / (norms + epsilon))
+    return gain.masked_fill_(shapeless, 0.0), torch.full_like(gain, 1 - strength).masked_fill_(shapeless, 1.0)
 
 
-def by_row(weight: Tensor, updated: Tensor, magnitude: Tensor, *, strength: float, epsilon: float = 0.0) -> Tensor:
-    """Return the new values of some rows, each given its length (the output axis).
+def blend(weight: Tensor, updated: Tensor, gain: Tensor, rest: Tensor) -> None:
+    """Overwrite `weight` with gain * updated + rest * weight: W' from W and V, (rows, in * kernel).
 
-    weight, updated: (rows, in * kernel). magnitude: one number for each of these rows, of any shape.
+    gain, rest: the `shares`, of shapes that broadcast to theirs, (rows, 1) or (in * kernel).
     """
-    norms = updated.norm(dim=1, keepdim=True)
-    return decomposed(weight, updated, magnitude.reshape(-1, 1), norms, strength=strength, epsilon=epsilon)
+    weight.mul_(rest).addcmul_(updated, gain)
 
 
-def by_column(
-    weight: Tensor, updated: Tensor, magnitude: Tensor, norms: Tensor, *, strength: float, epsilon: float = 0.0
-) -> Tensor:
-    """Return the new values of some rows, each input channel given its length (the input axis).
-
-    weight, updated: (rows, in * kernel). magnitude: one number for each channel, of any shape.
-    norms: (in,), the lengths of the channels over ALL rows: the root of the sum of their `column_squares`.
-    """
-    taps = weight.shape[1] // norms.numel()
-    return decomposed(
-        weight,
-        updated,
-        magnitude.reshape(1, -1).repeat_interleave(taps, 1),
-        norms.reshape(1, -1).repeat_interleave(taps, 1),
-        strength=strength,
-        epsilon=epsilon,
-    )
+def row_norms(updated: Tensor) -> Tensor:
+    """Return the length of each row: (rows, 1). updated: (rows, in * kernel), V."""
+    norms: Tensor = torch.linalg.vector_norm(updated, dim=1, keepdim=True)
+    return norms
 
 
 def column_squares(updated: Tensor, channels: int) -> Tensor:
     """Return each input channel's sum of squares over these rows and all kernel taps: (channels,).
 
-    updated: (rows, channels * kernel), some rows of V. Sums over all blocks of rows, in one fixed order,
-    make the squared lengths that `by_column` needs.
+    updated: (rows, channels * kernel), some rows of V; overwritten. Sums over all blocks of rows, in one
+    fixed order, make the squares of the channels' lengths.
     """
-    return updated.square().sum(0).reshape(channels, -1).sum(1)
+    return updated.square_().sum(0).reshape(channels, -1).sum(1)

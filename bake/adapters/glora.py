@@ -19,7 +19,7 @@ from bake.adapters.rows import part
 class Transform:
     """A weight plus its GLoRA update; any rows."""
 
-    block: int | None = 1
+    block: int = 1
 
     def __init__(
         self,
@@ -47,22 +47,26 @@ class Transform:
         if _is_first_spelling(a1, a2, b1, b2, shape):
             a1, a2, b1, b2 = a2, a1, b2, b1
         self._channels, self._kernel = shape[1], math.prod(shape[2:])
-        self._a1, self._a2 = a1.flatten(1), a2.flatten(1)
+        self._a1, self._a2 = a1.flatten(1), a2.flatten(1) * (strength * scale)
         self._left, self._right = low_rank(b1, b2, bm, scale=strength * scale)
-        self._factor = strength * scale
+        self._is_nothing = strength * scale == 0
         found = (len(self._a1), self._a2.shape[1], len(self._left), self._right.shape[1])
         expected = (shape[1], shape[1], shape[0], shape[1] * self._kernel)
         if found != expected:
             raise ValueError(f"GLoRA factors of sizes {list(found)} do not fit a weight of shape {list(shape)}")
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """Return the new values of the rows `rows` from their old ones, both (len(rows), in * kernel)."""
-        if self._factor == 0:
-            return weight
-        by_position = weight.reshape(len(weight), self._channels, self._kernel).transpose(1, 2)
-        mixed = (by_position @ self._a1.to(weight)) @ self._a2.to(weight)
-        stored = part(self._left, rows).to(weight) @ self._right.to(weight)
-        return weight + self._factor * mixed.transpose(1, 2).flatten(1) + stored
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite the rows `rows` of the weight, (len(rows), in * kernel), with their new values."""
+        if self._is_nothing:
+            return
+        a1, a2 = self._a1.to(weight.dtype), self._a2.to(weight.dtype)
+        by_position = weight.view(-1, self._channels, self._kernel).transpose(1, 2)
+        mixed = by_position.reshape(-1, self._channels) @ a1
+        weight.addmm_(part(self._left, rows).to(weight.dtype), self._right.to(weight.dtype))
+        if self._kernel == 1:
+            weight.addmm_(mixed, a2)
+        else:
+            by_position.add_((mixed @ a2).view(by_position.shape))
 
 
 def _is_first_spelling(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, shape: tuple[int, ...]) -> bool:

@@ -22,7 +22,7 @@ class Transform:
     The product as one matrix: Joffrain et al., Accumulating Householder Transformations, Revisited (2006).
     """
 
-    block: int | None = 1
+    block: int = 1
 
     def __init__(self, hra_u: Tensor, *, shape: tuple[int, ...], strength: float, apply_gs: bool = False) -> None:
         """Prepare the chain, in the dtype of `hra_u`.
@@ -47,11 +47,10 @@ class Transform:
         right: Tensor = torch.linalg.solve_triangular(middle, vectors.T, upper=True)
         self._right = right
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """Return the new values of `rows` from their old ones; the dtype of `weight` (len(rows), in * kernel)."""
-        if self._strength == 0:
-            return weight
-        return weight - (weight @ self._left.to(weight.dtype)) @ self._right.to(weight.dtype)
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite the rows `rows` of the weight, (len(rows), in * kernel), with their new values."""
+        if self._strength != 0:
+            weight.addmm_(weight @ self._left.to(weight.dtype), self._right.to(weight.dtype), alpha=-1)
 
 
 def _orthogonal(vectors: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from bake.adapters.rows import part
 class Scaling:
     """A weight times one number for each output or each input channel; any rows."""
 
-    block: int | None = 1
+    block: int = 1
 
     def __init__(
         self, numbers: Tensor, by_column: bool, shape: tuple[int, ...], *, offset: float, factor: float
@@ -29,14 +29,13 @@ class Scaling:
         if channels != (numbers.numel(),):
             side = "input channels" if by_column else "rows"
             raise ValueError(f"(IA)3 has {numbers.numel()} numbers for the {side} of a tensor of shape {list(shape)}")
-        flat = numbers.flatten()
+        flat = offset + factor * numbers.flatten().double()
         self._numbers = flat.repeat_interleave(math.prod(shape[2:])) if by_column else flat.unsqueeze(1)
-        self._by_column, self._offset, self._factor = by_column, offset, factor
+        self._by_column = by_column
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """Return the new values of the rows `rows` from their old ones, both (len(rows), in * kernel)."""
-        numbers = self._numbers if self._by_column else part(self._numbers, rows)
-        return weight * (self._offset + self._factor * numbers.to(weight))
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite the rows `rows` of the weight, (len(rows), in * kernel), with their new values."""
+        weight.mul_(self._numbers if self._by_column else part(self._numbers, rows))
 
 
 class Transform(Scaling):

@@ -10,25 +10,35 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bake.adapters.rows import indices, product
+from bake.adapters.rows import factored, part
 
 
-def delta(
-    w1_a: Tensor,
-    w1_b: Tensor,
-    w2_a: Tensor,
-    w2_b: Tensor,
-    t1: Tensor | None = None,
-    t2: Tensor | None = None,
-    *,
-    rows: range,
-    scale: float,
-) -> Tensor:
-    """Return the rows `rows` of the update as (len(rows), in * kernel), in the dtype and on the device of the factors.
+class Update:
+    """The update of one weight; any rows."""
 
-    Plain: w1_a and w2_a (out, rank[, 1, 1]); w1_b and w2_b (rank, in * kernel) or (rank, in, kh, kw).
-    Tucker: w1_a and w2_a (rank, out); w1_b and w2_b (rank, in); t1 and t2 (rank, rank, kh, kw).
-    scale: alpha / rank * weight, rank = the rows of w1_b. Source: LyCORIS modules/loha.py, PEFT tuners/loha/layer.py.
-    """
-    wanted = indices(rows, w1_a)
-    return product(w1_a * scale, w1_b, t1, rows=wanted).mul_(product(w2_a, w2_b, t2, rows=wanted))
+    def __init__(
+        self,
+        w1_a: Tensor,
+        w1_b: Tensor,
+        w2_a: Tensor,
+        w2_b: Tensor,
+        t1: Tensor | None = None,
+        t2: Tensor | None = None,
+        *,
+        scale: float,
+        transposed: bool = False,
+    ) -> None:
+        """Prepare the factors, in their dtype.
+
+        Plain: w1_a and w2_a (out, rank[, 1, 1]); w1_b and w2_b (rank, in * kernel) or (rank, in, kh, kw).
+        Tucker: w1_a and w2_a (rank, out); w1_b and w2_b (rank, in); t1 and t2 (rank, rank, kh, kw).
+        scale: alpha / rank * weight, rank = the rows of w1_b. transposed: the update is for a tensor stored
+        (in, out). Source: LyCORIS modules/loha.py, PEFT tuners/loha/layer.py.
+        """
+        products = factored(w1_a * scale, w1_b, t1), factored(w2_a, w2_b, t2)
+        self._products = [(right.T, left.T) if transposed else (left, right) for left, right in products]
+
+    def add_to(self, block: Tensor, rows: range) -> None:
+        """Add the rows `rows` of the update to `block`, (len(rows), in * kernel) in the dtype of the factors."""
+        first, second = (part(left, rows) @ right for left, right in self._products)
+        block.addcmul_(first, second)

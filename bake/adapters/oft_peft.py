@@ -22,7 +22,7 @@ _TERMS = 5  # of the series, where nobody says otherwise; OneTrainer always take
 class Transform:
     """OFT on input columns. Source: PEFT tuners/oft/layer.py, OneTrainer modules/module/oft_utils.py."""
 
-    block: int | None = 1
+    block: int = 1
 
     def __init__(
         self,
@@ -63,9 +63,10 @@ class Transform:
         self._strength = strength
         self._blocks = rotation.transpose(1, 2) if transposed else rotation
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """Return the new values of `rows` from their old ones; the dtype of `weight` (len(rows), in * kernel)."""
-        return weight if self._strength == 0 else multiply_columns(weight, self._blocks)
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite the rows `rows` of the weight, (len(rows), in * kernel), with their new values."""
+        if self._strength != 0:
+            weight.copy_(multiply_columns(weight, self._blocks))
 
 
 def _skew(numbers: Tensor, size: int) -> Tensor:

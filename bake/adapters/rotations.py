@@ -69,20 +69,19 @@ class RowRotation:
             raise ValueError(f"{count} blocks of {size} rows do not make up the {shape[0]} rows of the weight")
         if rescale is not None and rescale.numel() != shape[0]:
             raise ValueError(f"rescale {list(rescale.shape)} does not have one number for each of {shape[0]} rows")
-        self.block: int | None = size
+        self.block = size
         self._strength = strength
         self._blocks = towards(rotation, strength).transpose(1, 2)
         self._rescale = None if rescale is None else rescale.reshape(-1, 1)
 
-    def apply(self, weight: Tensor, rows: range) -> Tensor:
-        """Return the new values of `rows`, whole blocks of them, from their old ones; the dtype of `weight`.
+    def apply(self, weight: Tensor, rows: range) -> None:
+        """Overwrite the rows `rows` of the weight, (len(rows), in * kernel), with their new values.
 
-        weight: (len(rows), in * kernel). Raises ValueError if the rows are no whole blocks.
+        Raises ValueError if the rows are no whole blocks.
         """
         blocks = blocks_of(rows, self._blocks.shape[-1])
         if self._strength == 0:
-            return weight
-        rotated = multiply_rows(self._blocks[blocks], weight)
+            return
+        weight.copy_(multiply_rows(self._blocks[blocks], weight))
         if self._rescale is not None:
-            rotated = rotated * self._rescale[rows.start : rows.stop].to(weight.dtype)
-        return rotated
+            weight.mul_(self._rescale[rows.start : rows.stop])

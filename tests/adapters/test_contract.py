@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -109,11 +111,21 @@ def term(name: str, shape, shapes, settings, weight: float = 1.0, **changes) -> 
     return SmallTerm(name, factors(shapes), weight, settings=settings, **{**whole, **changes})
 
 
+def giving(weight: Tensor) -> Callable[[range], Tensor]:
+    """Where a chain gets its rows from: always in the same memory, and what was there is gone."""
+    memory = torch.empty(weight.shape, dtype=torch.float64)
+
+    def base(rows: range) -> Tensor:
+        return memory.fill_(torch.nan)[: len(rows)].copy_(weight[rows.start : rows.stop])
+
+    return base
+
+
 def run(shape, terms, rows: range | None = None) -> tuple[Tensor, Tensor]:
     """(weight before, after) of these rows."""
     weight = random(as_matrix(shape), 99)
     wanted = rows if rows is not None else range(weight.shape[0])
-    after = Chain(shape, terms, Held()).rows(wanted, lambda part: weight[part.start : part.stop])
+    after = Chain(shape, terms, Held()).rows(wanted, giving(weight))
     return weight[wanted.start : wanted.stop], after
 
 
@@ -170,10 +182,10 @@ def test_every_row_alone_is_the_row_of_the_whole(name, shape, shapes, settings) 
 def test_a_transposed_target_gets_the_transposed_update(name, shape, shapes, settings) -> None:
     weight = random(shape, 99)
     straight = Chain(shape, [term(name, shape, shapes, settings, 0.7)], Held())
-    expected = straight.rows(range(shape[0]), lambda rows: weight[rows.start : rows.stop])
+    expected = straight.rows(range(shape[0]), giving(weight))
     turned = term(*(name, shape, shapes, settings, 0.7), transposed=True, rows=(0, shape[1]), columns=(0, shape[0]))
     chain = Chain(shape[::-1], [turned], Held())
-    found = chain.rows(range(shape[1]), lambda rows: weight.T[rows.start : rows.stop])
+    found = chain.rows(range(shape[1]), giving(weight.T))
     torch.testing.assert_close(found.T, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -183,10 +195,10 @@ def test_rows_of_a_fused_tensor_are_changed_like_a_tensor_of_their_own(name, sha
     weight = random((height + 7, width + 3), 98)
     own = weight[4 : 4 + height, :width]
     straight = Chain(shape, [term(name, shape, shapes, settings, 0.7)], Held())
-    expected = straight.rows(range(height), lambda rows: own[rows.start : rows.stop])
+    expected = straight.rows(range(height), giving(own))
     inside = term(name, shape, shapes, settings, 0.7, rows=(4, 4 + height))
     chain = Chain(tuple(weight.shape), [inside], Held())
-    found = chain.rows(range(height + 7), lambda rows: weight[rows.start : rows.stop])
+    found = chain.rows(range(height + 7), giving(weight))
     torch.testing.assert_close(found[4 : 4 + height, :width], expected, rtol=1e-12, atol=1e-12)
     found[4 : 4 + height, :width] = own
     assert torch.equal(found, weight)
@@ -202,13 +214,13 @@ def test_the_halves_of_an_update_can_go_to_different_places(name, shape, shapes,
     """A fused module over split tensors, or swapped halves of one."""
     weight = random(shape, 99)
     straight = Chain(shape, [term(name, shape, shapes, settings, 0.7)], Held())
-    expected = straight.rows(range(6), lambda rows: weight[rows.start : rows.stop])
+    expected = straight.rows(range(6), giving(weight))
     swapped = torch.cat([weight[3:], weight[:3]])
     parts = [
         term(name, shape, shapes, settings, 0.7, rows=(0, 3), part=(3, 6)),
         term(name, shape, shapes, settings, 0.7, rows=(3, 6), part=(0, 3)),
     ]
-    found = Chain(shape, parts, Held()).rows(range(6), lambda rows: swapped[rows.start : rows.stop])
+    found = Chain(shape, parts, Held()).rows(range(6), giving(swapped))
     torch.testing.assert_close(torch.cat([found[3:], found[:3]]), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -256,7 +268,7 @@ def test_a_turned_term_sees_the_rows_in_its_own_order(name: str, shapes: Mapping
     whole = SmallTerm(name, made, 0.7, (0, 6), (0, 5), (0, 6), 6, dora=dora)
     before, found = run(shape, [replace(whole, turn=turn)])
     rolled = before.roll(-turn, 0)
-    expected = Chain(shape, [whole], Held()).rows(range(6), lambda rows: rolled[rows.start : rows.stop]).roll(turn, 0)
+    expected = Chain(shape, [whole], Held()).rows(range(6), giving(rolled)).roll(turn, 0)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for row in range(6):
         _, alone = run(shape, [replace(whole, turn=turn)], range(row, row + 1))
@@ -268,8 +280,104 @@ def test_terms_are_applied_in_order_each_to_what_the_one_before_made() -> None:
     rotation = ("oft", shape, {"oft_blocks": (3, 2, 2)}, {})
     diff = ("full", shape, {"diff": shape}, {})
     _, first = run(shape, [term(*diff)])
-    rotated_sum = Chain(shape, [term(*rotation)], Held()).rows(range(6), lambda rows: first[rows.start : rows.stop])
+    rotated_sum = Chain(shape, [term(*rotation)], Held()).rows(range(6), giving(first))
     _, both = run(shape, [term(*diff), term(*rotation)])
     _, other = run(shape, [term(*rotation), term(*diff)])
     torch.testing.assert_close(both, rotated_sum, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(both, other)
+
+
+# Algorithms without a matrix product over what a block holds: not even the last bit knows how rows were asked for.
+BLOCKLESS = [case for case in CASES if case[0] in ("lokr", "full", "set", "ia3", "ia3-peft")]
+
+
+@pytest.mark.parametrize("dora", [None, Decomposition(0, 0.0), Decomposition(1, 0.0)], ids=["", "rows", "columns"])
+@pytest.mark.parametrize("shape", [(48, 40), (48, 8, 3, 3)])
+def test_blocks_of_any_size_give_the_same_bits(shape, dora: Decomposition | None) -> None:
+    kernel = shape[2:]
+    shapes = {"kron_w1": (4, 2), "kron_w2_a": (12, 3), "kron_w2_b": (3, shape[1] // 2, *kernel)}
+    one = term("lokr", shape, shapes, {}, dora=dora)
+    if dora is not None:
+        one = replace(one, factors={**one.factors, "magnitude": random((shape[dora.axis],), 7).abs() + 0.5})
+    before, whole = run(shape, [one])
+    assert not torch.equal(before, whole)
+    for size in (1, 5, 12, 31):
+        pieces = [run(shape, [one], range(at, min(48, at + size)))[1] for at in range(0, 48, size)]
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize(("name", "shape", "shapes", "settings"), BLOCKLESS)
+def test_a_row_alone_has_the_bits_of_the_whole(name, shape, shapes, settings) -> None:
+    terms = [term(name, shape, shapes, settings, 0.7)]
+    _, whole = run(shape, terms)
+    rows = [run(shape, terms, range(row, row + 1))[1] for row in range(len(whole))]
+    assert torch.equal(torch.cat(rows), whole)
+
+
+def decomposed(axis: int, factors_of: Mapping[str, Tensor], strength: float, shape) -> SmallTerm:
+    height, width = as_matrix(shape)
+    places = ((0, height), (0, width), (0, height), height)
+    return SmallTerm("lora", factors_of, strength, *places, dora=Decomposition(axis, 0.0))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_a_row_or_channel_that_the_update_takes_away_stays_and_the_others_change(axis: int, strength: float) -> None:
+    shape = (6, 5)
+    weight = random(shape, 99)
+    up, down = torch.zeros(6, 1, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
+    if axis == 0:
+        up[2], down[0] = 1, -weight[2]
+    else:
+        up[:, 0], down[0, 2] = -weight[:, 2], 1
+    made = {"up": up, "down": down, "magnitude": torch.full((shape[axis],), 3.0, dtype=torch.float64)}
+    chain = Chain(shape, [decomposed(axis, made, strength, shape)], Held())
+    lengths = weight.norm(dim=1 - axis, keepdim=True)
+    expected = weight * (strength * 3 / lengths + 1 - strength)
+    expected.select(axis, 2).copy_(weight.select(axis, 2))
+    for size in (6, 2):
+        pieces = [chain.rows(range(at, at + size), giving(weight)).clone() for at in range(0, 6, size)]
+        torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-12, atol=1e-12)
+
+
+class TestLengthsOfColumns:
+    """All threads that work on a tensor share the pass over its rows."""
+
+    SHAPE = (4000, 70)  # several blocks
+
+    def chain(self) -> Chain:
+        made = factors({"up": (4000, 2), "down": (2, 70), "magnitude": (70,)})
+        return Chain(self.SHAPE, [decomposed(1, made, 1.0, self.SHAPE)], Held())
+
+    def test_any_number_of_threads_gives_the_same_bits_and_reads_each_row_once_for_them(self) -> None:
+        weight = random(self.SHAPE, 99)
+        expected = self.chain().rows(range(4000), giving(weight))
+        chain, seen = self.chain(), Counter()
+
+        def work(rows: range) -> Tensor:
+            own = giving(weight)
+
+            def base(rows: range) -> Tensor:
+                seen.update(rows)
+                return own(rows)
+
+            return chain.rows(rows, base)
+
+        with ThreadPoolExecutor(4) as pool:
+            pieces = list(pool.map(work, [range(at, at + 500) for at in range(0, 4000, 500)]))
+        torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-14, atol=0)
+        assert seen == dict.fromkeys(range(4000), 2)
+        alone = self.chain()
+        again = [alone.rows(range(at, at + 500), giving(weight)).clone() for at in range(0, 4000, 500)]
+        assert torch.equal(torch.cat(pieces), torch.cat(again))
+
+    def test_rows_that_cannot_be_read_stop_every_thread(self) -> None:
+        chain = self.chain()
+
+        def base(rows: range) -> Tensor:
+            raise OSError("gone")
+
+        with ThreadPoolExecutor(2) as pool:
+            for found in [pool.submit(chain.rows, range(at, at + 500), base) for at in (0, 500)]:
+                with pytest.raises(OSError, match="gone"):
+                    found.result(timeout=60)

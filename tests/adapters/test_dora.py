@@ -24,11 +24,17 @@ def new_weight(weight, update, magnitude, *, axis, strength=1.0, epsilon=0.0, st
     old = weight.flatten(1)
     updated = old + update.flatten(1)
     how = {"strength": strength, "epsilon": epsilon}
-    if axis == 0:
-        lengths = magnitude.flatten()
-        return torch.cat([dora.by_row(old[some], updated[some], lengths[some], **how) for some in rows])
-    norms = sum(dora.column_squares(updated[some], weight.shape[1]) for some in rows).sqrt()
-    return torch.cat([dora.by_column(old[some], updated[some], magnitude, norms, **how) for some in rows])
+    norms = torch.cat([dora.row_norms(updated[some]) for some in rows])
+    if axis == 1:
+        norms = sum(dora.column_squares(updated[some].clone(), weight.shape[1]) for some in rows).sqrt()
+    gain, rest = dora.shares(magnitude, norms, **how)
+    if axis == 1:
+        taps = old.shape[1] // weight.shape[1]
+        gain, rest = (share.repeat_interleave(taps).expand(old.shape) for share in (gain, rest))
+    new = old.clone()
+    for some in rows:
+        dora.blend(new[some], updated[some], gain[some], rest[some])
+    return new
 
 
 def expected_weight(weight, update, magnitude, *, axis, strength=1.0, epsilon=0.0):

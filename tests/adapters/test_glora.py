@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import random
 from trainers import LAYERS, WEIGHTS, as_rows, in_pieces, lycoris
+from transforms import applied
 
 from bake.adapters.glora import Transform
 from bake.keys.shapes_additive import glora_rank, glora_shape
@@ -50,7 +51,7 @@ def test_the_definition(form: str, strength: float) -> None:
     arrays, shape = FORMS[form]
     weight = random(9, *shape)
     transform = Transform(**factors(arrays), shape=shape, strength=strength, scale=1.5)
-    found = transform.apply(torch.from_numpy(weight.reshape(8, -1)), range(8))
+    found = applied(transform, torch.from_numpy(weight.reshape(8, -1)), range(8))
     expected = weight + strength * 1.5 * by_numpy(arrays, weight)
     np.testing.assert_allclose(found.reshape(shape), expected, rtol=1e-12, atol=1e-12)
 
@@ -60,7 +61,7 @@ def test_the_first_spelling_is_the_same_update(form: str) -> None:
     arrays, shape = FORMS[form]
     weight = torch.from_numpy(random(9, 8, shape[1]))
     new, first = (
-        Transform(**factors(spelled), shape=shape, strength=0.7, scale=1.5).apply(weight, range(8))
+        applied(Transform(**factors(spelled), shape=shape, strength=0.7, scale=1.5), weight, range(8))
         for spelled in (arrays, first_spelling(arrays))
     )
     assert torch.equal(new, first)
@@ -75,17 +76,17 @@ def test_rows_alone_are_the_rows_of_the_whole(form: str) -> None:
     arrays, shape = FORMS[form]
     weight = torch.from_numpy(random(9, *shape).reshape(8, -1))
     transform = Transform(**factors(arrays), shape=shape, strength=0.7, scale=1.5)
-    whole = transform.apply(weight, range(8))
-    pieces = torch.cat([transform.apply(weight[rows.start : rows.stop], rows) for rows in in_pieces(8)])
+    whole = applied(transform, weight, range(8))
+    pieces = torch.cat([applied(transform, weight[rows.start : rows.stop], rows) for rows in in_pieces(8)])
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(transform.apply(weight[1::3], range(1, 8, 3)), whole[1::3], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(applied(transform, weight[1::3], range(1, 8, 3)), whole[1::3], rtol=1e-12, atol=1e-12)
     assert whole.dtype == torch.float64
 
 
 def test_float32_factors_are_widened_exactly() -> None:
     arrays = {name: array.astype(np.float32) for name, array in LINEAR.items()}
     weight = torch.from_numpy(random(9, 8, 6))
-    found = Transform(**factors(arrays), shape=(8, 6), strength=1.0, scale=1.0).apply(weight, range(8))
+    found = applied(Transform(**factors(arrays), shape=(8, 6), strength=1.0, scale=1.0), weight, range(8))
     expected = weight + torch.from_numpy(
         by_numpy({name: array.astype(np.float64) for name, array in arrays.items()}, weight.numpy())
     )
@@ -95,7 +96,7 @@ def test_float32_factors_are_widened_exactly() -> None:
 def test_strength_zero_changes_no_bit() -> None:
     weight = torch.tensor([[-0.0, 0.0, 1.0, -2.0, 3.0, 4.0]] * 8, dtype=torch.float64)
     transform = Transform(**factors(LINEAR), shape=(8, 6), strength=0.0, scale=1.5)
-    found = transform.apply(weight, range(8))
+    found = applied(transform, weight, range(8))
     assert torch.equal(found, weight)
     assert torch.equal(found.signbit(), weight.signbit())
 
@@ -125,5 +126,5 @@ def test_lycoris_trains_with_it(layer: str, multiplier: float) -> None:
     assert glora_shape(shapes) == as_rows(trained.base).shape
     scale = trained.alpha / glora_rank(shapes)
     transform = Transform(**inputs, shape=tuple(trained.base.shape), strength=multiplier, scale=scale)
-    found = transform.apply(as_rows(trained.base), range(8))
+    found = applied(transform, as_rows(trained.base), range(8))
     torch.testing.assert_close(found, as_rows(trained.expected), rtol=0, atol=1e-11)

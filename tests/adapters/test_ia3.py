@@ -8,6 +8,7 @@ import torch
 from support import random
 from torch import nn
 from trainers import LAYERS, WEIGHTS, as_rows, in_pieces, lycoris, peft
+from transforms import applied
 
 from bake.adapters import ia3, ia3_peft
 from bake.keys.shapes_additive import ia3_peft_shape, ia3_shape
@@ -31,7 +32,7 @@ def channels(shape, on_input):
 def test_lycoris_numbers_are_added_to_one(shape, on_input: bool, strength: float) -> None:
     weight, (numbers, broadcast) = random(0, *shape), channels(shape, on_input)
     transform = lycoris_transform(torch.from_numpy(numbers), on_input, shape, strength)
-    found = transform.apply(as_rows(torch.from_numpy(weight)), range(8))
+    found = applied(transform, as_rows(torch.from_numpy(weight)), range(8))
     np.testing.assert_allclose(found.reshape(shape), weight * (1 + strength * broadcast), rtol=1e-15)
 
 
@@ -43,16 +44,16 @@ def test_peft_numbers_take_the_place_of_one(shape, feedforward: bool, strength: 
     linear = (1, -1) if feedforward else (-1, 1)
     stored = torch.from_numpy(numbers).reshape(linear if len(shape) == 2 else (1, -1, *(1 for _ in shape[2:])))
     transform = ia3_peft.Transform(stored, shape=shape, strength=strength, feedforward=feedforward)
-    found = transform.apply(as_rows(torch.from_numpy(weight)), range(8))
+    found = applied(transform, as_rows(torch.from_numpy(weight)), range(8))
     np.testing.assert_allclose(found.reshape(shape), weight * (1 + strength * (broadcast - 1)), rtol=1e-13, atol=1e-15)
 
 
 def test_at_strength_one_the_numbers_of_peft_are_exact_and_at_zero_nothing_changes() -> None:
     weight, numbers = torch.from_numpy(random(0, 8, 6)), torch.from_numpy(random(1, 8, 1))
     whole, nothing = (ia3_peft.Transform(numbers, shape=(8, 6), strength=strength) for strength in (1.0, 0.0))
-    assert torch.equal(whole.apply(weight, range(8)), weight * numbers)
-    assert torch.equal(nothing.apply(weight, range(8)), weight)
-    assert torch.equal(lycoris_transform(numbers.flatten(), False, (8, 6), 0.0).apply(weight, range(8)), weight)
+    assert torch.equal(applied(whole, weight, range(8)), weight * numbers)
+    assert torch.equal(applied(nothing, weight, range(8)), weight)
+    assert torch.equal(applied(lycoris_transform(numbers.flatten(), False, (8, 6), 0.0), weight, range(8)), weight)
 
 
 @pytest.mark.parametrize("on_input", [False, True])
@@ -60,16 +61,18 @@ def test_rows_alone_are_the_rows_of_the_whole(on_input: bool) -> None:
     shape = (8, 6, 3, 3)
     weight, numbers = torch.from_numpy(random(0, 8, 54)), torch.from_numpy(channels(shape, on_input)[0])
     transform = lycoris_transform(numbers.float(), on_input, shape, 0.7)
-    whole = transform.apply(weight, range(8))
-    pieces = [transform.apply(weight[rows.start : rows.stop], rows) for rows in in_pieces(8)]
+    whole = applied(transform, weight, range(8))
+    pieces = [applied(transform, weight[rows.start : rows.stop], rows) for rows in in_pieces(8)]
     assert torch.equal(torch.cat(pieces), whole)
-    assert torch.equal(transform.apply(weight[1::3], range(1, 8, 3)), whole[1::3])
+    assert torch.equal(applied(transform, weight[1::3], range(1, 8, 3)), whole[1::3])
     assert whole.dtype == torch.float64
 
 
 def test_float32_numbers_are_widened_exactly() -> None:
     weight, numbers = random(0, 8, 6), random(1, 8).astype(np.float32)
-    found = lycoris_transform(torch.from_numpy(numbers), False, (8, 6), 0.7).apply(torch.from_numpy(weight), range(8))
+    found = applied(
+        lycoris_transform(torch.from_numpy(numbers), False, (8, 6), 0.7), torch.from_numpy(weight), range(8)
+    )
     np.testing.assert_array_equal(found, weight * (1 + 0.7 * numbers.astype(np.float64))[:, None])
 
 
@@ -103,7 +106,7 @@ def test_the_shape_of_a_convolution_tells_which_channels_where_they_differ(feedf
     numbers = torch.from_numpy(random(1, 1, 6 if feedforward else 8, 1, 1))
     weight = torch.from_numpy(random(0, 8, 54))
     told, found = (
-        ia3_peft.Transform(numbers, shape=(8, 6, 3, 3), strength=0.7, feedforward=says).apply(weight, range(8))
+        applied(ia3_peft.Transform(numbers, shape=(8, 6, 3, 3), strength=0.7, feedforward=says), weight, range(8))
         for says in (feedforward, None)
     )
     assert torch.equal(told, found)
@@ -117,7 +120,7 @@ def test_lycoris_trains_with_it(layer: str, on_input: bool, multiplier: float) -
     numbers, switch = trained.factors["weight"], trained.factors["on_input"]
     assert ia3_shape({"ia3_weight": tuple(numbers.shape), "on_input": tuple(switch.shape)}) == (None, None)
     transform = ia3.Transform(numbers, switch, shape=tuple(trained.base.shape), strength=multiplier)
-    found = transform.apply(as_rows(trained.base), range(8))
+    found = applied(transform, as_rows(trained.base), range(8))
     torch.testing.assert_close(found, as_rows(trained.expected), rtol=0, atol=1e-12)
 
 
@@ -130,12 +133,12 @@ def test_peft_merges_it(layer: str, feedforward: bool) -> None:
     trained, merged = peft("IA3Config", module, feedforward_modules=["0"] if feedforward else [])
     numbers, shape = trained.factors["ia3_l"], tuple(trained.base.shape)
     transform = ia3_peft.Transform(numbers, shape=shape, strength=1.0, feedforward=feedforward)
-    torch.testing.assert_close(transform.apply(as_rows(trained.base), range(8)), as_rows(trained.expected))
+    torch.testing.assert_close(applied(transform, as_rows(trained.base), range(8)), as_rows(trained.expected))
     if feedforward:
         assert torch.equal(merged.bias, bias)
     else:
         beside = ia3_peft.Transform(numbers, shape=(8,), strength=1.0, feedforward=False)
-        assert torch.equal(beside.apply(bias.reshape(8, 1), range(8)).flatten(), merged.bias)
+        assert torch.equal(applied(beside, bias.reshape(8, 1), range(8)).flatten(), merged.bias)
 
 
 @pytest.mark.parametrize("feedforward", [False, True])
@@ -146,7 +149,7 @@ def test_peft_merges_it_into_weights_stored_the_other_way_round(feedforward: boo
     trained, _ = peft("IA3Config", layer, feedforward_modules=["0"] if feedforward else [], fan_in_fan_out=True)
     assert trained.base.shape == (6, 8)
     transform = ia3_peft.Transform(trained.factors["ia3_l"], shape=(6, 8), strength=1.0, transposed=True)
-    torch.testing.assert_close(transform.apply(trained.base, range(6)), trained.expected)
+    torch.testing.assert_close(applied(transform, trained.base, range(6)), trained.expected)
 
 
 def test_a_published_answer_of_peft(shared) -> None:
@@ -161,7 +164,7 @@ def test_a_published_answer_of_peft(shared) -> None:
     weight = base["lin0.weight"]
     transform = ia3_peft.Transform(numbers, shape=tuple(weight.shape), strength=1.0)
     inputs = torch.arange(90, dtype=torch.float64).view(9, 10)
-    hidden = nn.functional.linear(inputs, transform.apply(weight, range(len(weight))), base["lin0.bias"]).relu()
+    hidden = nn.functional.linear(inputs, applied(transform, weight, range(len(weight))), base["lin0.bias"]).relu()
     found = nn.functional.linear(hidden, base["lin1.weight"], base["lin1.bias"]).log_softmax(-1)
     (expected,) = load(folder / "expected.safetensors").values()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import random
-from trainers import LAYERS, WEIGHTS, as_rows, in_pieces, lycoris, peft
+from trainers import LAYERS, WEIGHTS, as_rows, in_pieces, lycoris, peft, rows_of
 
 from bake.adapters import loha
 from bake.keys.shapes_additive import loha_shape
@@ -33,6 +33,12 @@ def factors(arrays, dtype=torch.float64):
     return {name: torch.from_numpy(array).to(dtype) for name, array in arrays.items()}
 
 
+def delta(inputs, *, rows, scale, **settings):
+    columns = loha_shape({name: tuple(value.shape) for name, value in inputs.items()})[1]
+    dtype = next(iter(inputs.values())).dtype
+    return rows_of(loha.Update(**inputs, scale=scale, **settings), rows, columns, dtype)
+
+
 def spelled(state):
     """LyCORIS' and PEFT's names are bake's with a prefix."""
     return {name.removeprefix("hada_"): value for name, value in state.items()}
@@ -42,22 +48,28 @@ def spelled(state):
 @pytest.mark.parametrize("scale", [*WEIGHTS, 0.0])
 def test_the_definition(arrays, scale: float) -> None:
     expected = scale * product(arrays, 1) * product(arrays, 2)
-    np.testing.assert_allclose(loha.delta(**factors(arrays), rows=range(8), scale=scale), expected, rtol=1e-12)
+    np.testing.assert_allclose(delta(factors(arrays), rows=range(8), scale=scale), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("arrays", [PLAIN, CONVOLUTION, TUCKER], ids=["plain", "convolution", "tucker"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_alone_are_the_rows_of_the_whole(arrays, dtype) -> None:
     inputs = factors(arrays, dtype)
-    whole = loha.delta(**inputs, rows=range(8), scale=0.7)
+    whole = delta(inputs, rows=range(8), scale=0.7)
     assert whole.dtype == dtype
     assert tuple(whole.shape) == loha_shape({name: array.shape for name, array in arrays.items()})
-    pieces = torch.cat([loha.delta(**inputs, rows=rows, scale=0.7) for rows in in_pieces(8)])
+    pieces = torch.cat([delta(inputs, rows=rows, scale=0.7) for rows in in_pieces(8)])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
-    sampled = loha.delta(**inputs, rows=range(1, 8, 3), scale=0.7)
-    torch.testing.assert_close(sampled, whole[1::3], rtol=tolerance, atol=tolerance)
-    assert loha.delta(**inputs, rows=range(0), scale=0.7).shape == (0, whole.shape[1])
+    assert delta(inputs, rows=range(0), scale=0.7).shape == (0, whole.shape[1])
+
+
+@pytest.mark.parametrize("arrays", [PLAIN, CONVOLUTION, TUCKER], ids=["plain", "convolution", "tucker"])
+def test_a_tensor_stored_the_other_way_round_gets_the_update_turned(arrays) -> None:
+    expected = 0.7 * product(arrays, 1) * product(arrays, 2)
+    update = loha.Update(**factors(arrays), scale=0.7, transposed=True)
+    found = torch.cat([rows_of(update, rows, 8) for rows in in_pieces(expected.shape[1], 4)])
+    np.testing.assert_allclose(found, expected.T, rtol=1e-12)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -68,7 +80,7 @@ def test_lycoris_trains_with_it(layer: str, tucker: bool, multiplier: float) -> 
     trained = lycoris("loha", "LohaModule", LAYERS[layer](), multiplier, lora_dim=3, alpha=2.0, use_tucker=tucker)
     inputs, base = spelled(trained.factors), as_rows(trained.base)
     assert loha_shape({name: tuple(value.shape) for name, value in inputs.items()}) == base.shape
-    update = loha.delta(**inputs, rows=range(8), scale=multiplier * trained.alpha / 3)
+    update = delta(inputs, rows=range(8), scale=multiplier * trained.alpha / 3)
     torch.testing.assert_close(base + update, as_rows(trained.expected), rtol=0, atol=1e-11)
 
 
@@ -80,5 +92,5 @@ def test_peft_merges_it(layer: str, effective: bool, multiplier: float) -> None:
     trained, _ = peft("LoHaConfig", LAYERS[layer](), multiplier, **settings)
     inputs, base = spelled(trained.factors), as_rows(trained.base)
     assert loha_shape({name: tuple(value.shape) for name, value in inputs.items()}) == base.shape
-    update = loha.delta(**inputs, rows=range(8), scale=multiplier * 0.75)
+    update = delta(inputs, rows=range(8), scale=multiplier * 0.75)
     torch.testing.assert_close(base + update, as_rows(trained.expected), rtol=0, atol=1e-11)
