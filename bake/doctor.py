@@ -12,7 +12,7 @@ from bake.errors import BakeError, DuplicateTarget, Mismatch, UnmatchedModules
 from bake.identify.adapter import Adapter, Module
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.identify.families import title
-from bake.identify.quantised import quantisation_of
+from bake.identify.scaled import quantised, scaled_layers
 from bake.io.checkpoint import open_checkpoint
 from bake.keys.dialects import flatten
 from bake.keys.modules import ModuleIndex
@@ -40,8 +40,9 @@ def diagnose(adapter: Adapter, base: Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(base)
     try:
         identity = identify_checkpoint(checkpoint)
-        tensors = {name: info for name, _, info in checkpoint.tensors()}
-        index, _ = base_of(checkpoint, identity)
+        scaled = scaled_layers(checkpoint)
+        obstacle = quantised(checkpoint, scaled)
+        index, _ = base_of(checkpoint, identity, scaled.beside)
         matching, misfits = _match(adapter, index, base)
     finally:
         checkpoint.close()
@@ -49,7 +50,6 @@ def diagnose(adapter: Adapter, base: Path) -> dict[str, Any]:
     options = () if refusal is None else _remedy(refusal, path, base, matching)
     command = None if options is None else _command(path, base, options)
     coverage = matching.coverage(identity) if matching is not None else {}
-    quantised = quantisation_of(tensors)
     return {
         "fits": refusal is None,
         "refusal": None if refusal is None else _described(refusal),
@@ -60,7 +60,7 @@ def diagnose(adapter: Adapter, base: Path) -> dict[str, Any]:
             "variant": identity.variant,
             "layout": identity.layout,
             "evidence": list(identity.evidence),
-            "quantised": quantised[0] if quantised is not None else None,
+            "quantised": obstacle.kind if obstacle is not None else None,
         },
         "components": {name: dataclasses.asdict(part) for name, part in coverage.items()},
         "unmatched": list(_unmatched(adapter, matching, index.index)) if matching is not None else [],

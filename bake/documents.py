@@ -33,6 +33,7 @@ def result_document(result: Result) -> dict[str, Any]:
         "output": str(result.output),
         **_facts(result.plan, result.output),
         "survival": result.survival,
+        "clamped": result.clamped,
         "bytes": {"read": input_bytes(result.plan), "written": output_bytes(result.plan)},
         "seconds": round(result.seconds, 3),
         "verification": None if result.report is None else result.report.to_json(),

@@ -67,7 +67,19 @@ DTYPES = {row.tag: row for row in _ROWS}
 RANK = {row.tag: place for place, row in enumerate(_ROWS)}
 
 # What users type, and what the header says.
-OUTPUT_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+OUTPUT_DTYPES = {
+    "fp32": "F32",
+    "fp16": "F16",
+    "bf16": "BF16",
+    "fp8_e4m3fn": "F8_E4M3",
+    "fp8_e5m2": "F8_E5M2",
+    # with a scale for each layer, see bake.keys.scaled
+    "fp8_e4m3fn_scaled": "F8_E4M3",
+    "fp8_e5m2_scaled": "F8_E5M2",
+    "fp8_e4m3fn_scaled_old": "F8_E4M3",
+}
+
+SMALLEST_SCALE = 2.0**-126  # of a scaled layer: a scale is a normal float32, also where all values are zero
 
 
 def tensor_bytes(tag: str, elements: int) -> int | None:

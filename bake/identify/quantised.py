@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-_ORIGINAL = "Fuse into the 16-bit original and quantise the result."
+ORIGINAL = "Fuse into the 16-bit original and quantise the result."
 _FEW_ORIGINALS = (
     "Dequantise it first (load it in transformers with Mxfp4Config(dequantize=True) and save it), "
     "fuse into that, and quantise the result."
@@ -26,7 +26,7 @@ class Quantised(NamedTuple):
 class _Row(NamedTuple):
     leaves: tuple[str, ...]  # last names of tensors, which must all be there
     kind: str
-    remedy: str = _ORIGINAL
+    remedy: str = ORIGINAL
 
 
 # The first row that fits wins: formats that share names with others come before them.
@@ -122,6 +122,6 @@ def _by_config(config: Mapping[str, Any]) -> Quantised | None:
             method = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else "unknown"
         detail = next((f" ({settings[key]})" for key in _DETAILS if isinstance(settings.get(key), str)), "")
         kind = _METHODS.get(method, f"{method}-quantised") + detail
-        remedy = _FEW_ORIGINALS if method == "mxfp4" else _ORIGINAL
+        remedy = _FEW_ORIGINALS if method == "mxfp4" else ORIGINAL
         return Quantised(kind, f"config.json: quantization_config, quant_method {method}", remedy + _ON_LOAD)
     return None

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from bake.errors import UsageError
+from bake.garbage import without_collecting
 from bake.identify.adapter import Adapter, identify_adapter
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
+from bake.identify.scaled import scaled_layers
 from bake.io.adapter import content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.plan.base import check_family
+from bake.plan.casts import Casting, check_casts
 from bake.plan.embeddings import embedding_notes, plan_embeddings
 from bake.plan.files import plan_files, plan_side_files
 from bake.plan.heads import base_of, settle_heads
 from bake.plan.match import AdapterMatcher, Matching
 from bake.plan.model import AdapterUse, Input, Plan
-from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
+from bake.plan.recipe import EVERY, AdapterChoice, Recipe, is_text_encoder
 from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_unmatched
 
 _EMA = "model_ema."  # where training code keeps averaged weights
@@ -48,17 +50,22 @@ def build_plan(recipe: Recipe) -> Plan:
     for what bake recognises but does not fuse, UsageError for requests that contradict themselves.
     """
     with ExitStack() as opened:
-        opened.enter_context(_without_collecting())
+        opened.enter_context(without_collecting())
         checkpoint = open_checkpoint(recipe.base, recipe.also)
         opened.callback(checkpoint.close)
         identity = identify_checkpoint(checkpoint)
         _check_recipe(recipe, identity)
+        check_casts(recipe, identity.components)
         uses = _open_adapters(recipe, identity, opened)
         inputs, adapters = _list_inputs(checkpoint, uses)
-        matching = _match(recipe, checkpoint, identity, uses, adapters)
+        scaled = scaled_layers(checkpoint)
+        if uses or recipe.converts:
+            refuse_quantised(recipe.base, checkpoint, scaled)
+        matching = _match(recipe, checkpoint, identity, uses, adapters, scaled.beside)
         identified = [(described, use.adapter) for described, use in zip(adapters, uses, strict=True)]
         embeddings, growth = plan_embeddings(recipe, checkpoint, identity, identified)
-        files = plan_files(recipe, checkpoint, identity, matching, growth)
+        casting = Casting(recipe, identity.components, scaled, matching, growth)
+        files = plan_files(recipe, checkpoint, identity, matching, growth, casting)
         return Plan(
             family=identity.family,
             layout=identity.layout,
@@ -67,33 +74,31 @@ def build_plan(recipe: Recipe) -> Plan:
             base=recipe.base,
             inputs=inputs,
             files=files,
-            side_files=plan_side_files(recipe, checkpoint, growth, matching, files),
+            side_files=plan_side_files(recipe, checkpoint, identity, growth, matching, files),
             adapters=adapters,
             components=matching.coverage(identity),
             unmatched=tuple(matching.unmatched),
             skipped=tuple(matching.skipped),
             notes=(*_notes(recipe, checkpoint, uses, matching), *embedding_notes(recipe, adapters, embeddings)),
             settings={
-                "dtype": recipe.dtype,
+                "dtype": _plain_dtype(recipe),
                 "only": list(recipe.only),
                 "allow_unmatched": recipe.allow_unmatched,
                 "embeddings": recipe.embeddings,
+                "rounding": recipe.rounding,
+                "seed": recipe.seed,
             },
             record=recipe.record,
             embeddings=embeddings,
+            rounding=recipe.rounding,
+            seed=recipe.seed,
         )
 
 
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Nothing that planning makes is garbage before it ends; looking for some costs a third of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _plain_dtype(recipe: Recipe) -> str | dict[str, str]:
+    """The dtypes as JSON data, in one way for requests that mean the same."""
+    dtypes = dict(sorted(recipe.dtypes.items()))
+    return dtypes.get(EVERY, "keep") if dtypes.keys() <= {EVERY} else dtypes
 
 
 def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:
@@ -161,13 +166,16 @@ def _match(
     identity: BaseIdentity,
     uses: Sequence[_Use],
     adapters: Sequence[AdapterUse],
+    beside: frozenset[str],
 ) -> Matching:
-    """Where every module goes; raises for modules that go nowhere, or where nothing can be added."""
+    """Where every module goes; raises for modules that go nowhere, or where nothing can be added.
+
+    beside: tensors of the base that belong to no module.
+    """
     tensors = {name: info for name, _, info in checkpoint.tensors()}
     matching = Matching()
     if uses:
-        refuse_quantised(recipe.base, tensors, checkpoint.configs.get(""))
-        base, tie = base_of(checkpoint, identity)
+        base, tie = base_of(checkpoint, identity, beside)
         for place, (use, described) in enumerate(zip(uses, adapters, strict=True)):
             AdapterMatcher(base, use.adapter, use.choice, place, described.input, matching).run(recipe)
         refuse_unmatched(identity, matching, recipe.allow_unmatched, checkpoint.packaging in ("sharded", "diffusers"))

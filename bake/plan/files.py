@@ -7,11 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bake.dtypes import DTYPES, OUTPUT_DTYPES
 from bake.identify.checkpoint import BaseIdentity
 from bake.io.checkpoint import Checkpoint, CheckpointFile, ShardIndex
 from bake.io.header import TensorInfo, lay_out
-from bake.keys.modules import Component
+from bake.plan.casts import Casting, config_dtype
 from bake.plan.match import Matching
 from bake.plan.model import FilePlan, SideFile, Stored, TensorPlan
 from bake.plan.recipe import Recipe
@@ -20,20 +19,21 @@ from bake.plan.tokens import Growth
 
 
 def plan_files(
-    recipe: Recipe, checkpoint: Checkpoint, identity: BaseIdentity, matching: Matching, growth: Growth
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    identity: BaseIdentity,
+    matching: Matching,
+    growth: Growth,
+    casting: Casting,
 ) -> tuple[FilePlan, ...]:
     """One output file for each file of the base, with the same tensors in the same order where it aligns."""
-    # By falling prefix length, so that the first match owns a name.
-    owners = sorted(identity.components, key=lambda component: -len(component.prefix))
-    planned = [
-        _plan_tensors(recipe, place, part, owners, matching, growth) for place, part in enumerate(checkpoint.files)
-    ]
+    planned = [_plan_tensors(place, part, matching, growth, casting) for place, part in enumerate(checkpoint.files)]
     # A folder carries the record of its inputs once: in the first file that was changed.
     recorded = next((place for place, tensors in enumerate(planned) if any(t.terms or t.appended for t in tensors)), 0)
     return tuple(
         FilePlan(
             relative="" if checkpoint.packaging == "file" else part.relative,
-            metadata=carried_metadata(part.file.metadata, identity, recipe.metadata),
+            metadata=carried_metadata(casting.metadata(part), identity, recipe.metadata),
             is_recorded=place == recorded,
             history=history_of(part.file.metadata) if recipe.record and place == recorded else {},
             tensors=tensors,
@@ -43,12 +43,7 @@ def plan_files(
 
 
 def _plan_tensors(
-    recipe: Recipe,
-    place: int,
-    part: CheckpointFile,
-    owners: Sequence[Component],
-    matching: Matching,
-    growth: Growth,
+    place: int, part: CheckpointFile, matching: Matching, growth: Growth, casting: Casting
 ) -> tuple[TensorPlan, ...]:
     stored = part.file.tensors
     # What is added lies in the file of the tensor whose like it is.
@@ -58,11 +53,18 @@ def _plan_tensors(
         for name, like in matching.added.items()
         if like.startswith(part.group) and like.removeprefix(part.group) in stored
     }
+    # The scales of quantised weights, and what says so, are the output's own.
+    beside = {each.name: each for each in casting.beside(part, likes)}
+    for name in casting.dropped(part) - beside.keys():
+        del likes[name]
+    likes |= {name: each.like.removeprefix(part.group) for name, each in beside.items()}
     sources = {name: _source(place, part.group + name, like, stored[like], matching) for name, like in likes.items()}
     placed = lay_out(
-        (
+        (name, beside[name].dtype, beside[name].shape)
+        if name in beside
+        else (
             name,
-            _output_dtype(recipe, stored[like]),
+            casting.dtype(part.group + name, stored[like]),
             _shape(part.group + name, stored[like], sources[name], growth, matching),
         )
         for name, like in likes.items()
@@ -70,19 +72,26 @@ def _plan_tensors(
     tensors = []
     for name, info in placed.items():
         full = part.group + name
-        owner = next((component.name for component in owners if full.startswith(component.prefix)), "")
+        where: dict[str, Any] = {
+            "name": name,
+            "shape": info.shape,
+            "dtype": info.dtype,
+            "span": (info.begin, info.end),
+            "source": sources[name],
+            "component": casting.component_of(full),
+        }
+        if name in beside:
+            tensors.append(TensorPlan(**where, scale_of=beside[name].scale_of, content=beside[name].content))
+            continue
         tensors.append(
             TensorPlan(
-                name=name,
-                shape=info.shape,
-                dtype=info.dtype,
-                span=(info.begin, info.end),
-                source=sources[name],
-                component=owner,
+                **where,
                 terms=tuple(matching.terms.get(full, ())),
                 appended=growth.rows.get(full, ()),
                 replaced=full in matching.replaced,
                 stacked=full in matching.stacks,
+                scale=casting.source_scale(full, place, part),
+                rescaled=casting.rescaling(full, stored[likes[name]]),
             )
         )
     return tuple(tensors)
@@ -101,15 +110,13 @@ def _shape(full: str, info: TensorInfo, source: Stored, growth: Growth, matching
     return growth.appended(full, info)[0]
 
 
-def _output_dtype(recipe: Recipe, info: TensorInfo) -> str:
-    """The stored dtype of an output tensor: integers, and markers of one element or none, stay as they are."""
-    if recipe.dtype == "keep" or not DTYPES[info.dtype].computable or math.prod(info.shape) <= 1:
-        return info.dtype
-    return OUTPUT_DTYPES[recipe.dtype]
-
-
 def plan_side_files(
-    recipe: Recipe, checkpoint: Checkpoint, growth: Growth, matching: Matching, planned: Sequence[FilePlan]
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    identity: BaseIdentity,
+    growth: Growth,
+    matching: Matching,
+    planned: Sequence[FilePlan],
 ) -> tuple[SideFile, ...]:
     """Everything else of the output folder; the shard indexes come last, when their shards exist."""
     files = []
@@ -120,22 +127,21 @@ def plan_side_files(
             config = checkpoint.configs[group]
             widened = _widened_inputs(config, matching.padded.get(f"{group}x_embedder.weight"))
             changed = {**widened, **matching.configs.get(group, {}), **growth.configs.get(group, {})}
-            content = _updated_config(config, changed, recipe.dtype)
+            content = _updated_config(config, changed, config_dtype(recipe, identity.components, group))
         source = matching.side_sources.get(relative, checkpoint.root / relative)
         files.append(SideFile(relative, source if content is None else None, content))
     return (*files, *(_updated_index(index, planned) for index in checkpoint.indexes))
 
 
 def _updated_index(index: ShardIndex, planned: Sequence[FilePlan]) -> SideFile:
-    """The base's index with what is added and the size of what is written."""
+    """The base's index with what is added, without what is dropped, and the size of what is written."""
     folder = index.relative.rpartition("/")[0]
     mine = [file for file in planned if file.relative.rpartition("/")[0] == folder]
     total = sum(tensor.span[1] - tensor.span[0] for file in mine for tensor in file.tensors)
     earlier = index.content.get("metadata")
     metadata = {**(earlier if isinstance(earlier, dict) else {}), "total_size": total}
-    weight_map = dict(index.content["weight_map"])
-    for file in mine:
-        weight_map.update((tensor.name, file.relative.rpartition("/")[2]) for tensor in file.tensors)
+    written = {tensor.name: file.relative.rpartition("/")[2] for file in mine for tensor in file.tensors}
+    weight_map = {name: written[name] for name in index.content["weight_map"] if name in written} | written
     return SideFile(index.relative, None, _json({**index.content, "metadata": metadata, "weight_map": weight_map}))
 
 
@@ -149,12 +155,11 @@ def _widened_inputs(config: dict[str, Any], shape: tuple[int, ...] | None) -> di
     return {"in_channels": shape[1], "out_channels": config.get("out_channels") or config["in_channels"]}
 
 
-def _updated_config(config: dict[str, Any], grown: dict[str, Any], dtype: str) -> str | None:
+def _updated_config(config: dict[str, Any], grown: dict[str, Any], dtype: str | None) -> str | None:
     """config.json with what the adapters change and the dtype that is written; None if it stays as it is."""
     updated = {**config, **grown}
-    if dtype != "keep":
-        name = DTYPES[OUTPUT_DTYPES[dtype]].torch
-        updated |= {key: name for key in ("torch_dtype", "dtype") if key in config}
+    if dtype is not None:
+        updated |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
     return _json(updated) if updated != config else None
 
 

@@ -26,12 +26,15 @@ _TOKENIZER_FILES = (
 )
 
 
-def base_of(checkpoint: Checkpoint, identity: BaseIdentity) -> tuple[Base, Tie | None]:
+def base_of(
+    checkpoint: Checkpoint, identity: BaseIdentity, beside: frozenset[str] = frozenset()
+) -> tuple[Base, Tie | None]:
     """(the base as matching sees it, the embedding of a language model that is its output head too).
 
     A head that is not stored is among the base's tensors all the same, so that adapters can change it.
+    beside: tensors that belong to no module, such as the scales of a quantised base.
     """
-    tensors = {name: info for name, _, info in checkpoint.tensors()}
+    tensors = {name: info for name, _, info in checkpoint.tensors() if name not in beside}
     tie = None
     if [component.name for component in identity.components] == ["model"]:
         tie = tied_embeddings(checkpoint.configs.get("", {}), tensors.keys())

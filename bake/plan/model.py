@@ -66,6 +66,14 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
+class Rescaling:
+    """A new scale, so that the largest value becomes the largest of the dtype."""
+
+    name: str  # of the tensor in the same file that receives it, float32
+    by_row: bool  # one for each row, else one for all
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """Everything needed to write one output tensor."""
 
@@ -79,6 +87,21 @@ class TensorPlan:
     appended: tuple[Stored, ...] = ()  # vectors (n, columns) that follow the source's rows, cast to `dtype`
     replaced: bool = False  # the source is an adapter's tensor, which is looked at like every update
     stacked: bool = False  # a stack of matrices (experts): rows are counted through the stack
+    scale: Stored | None = None  # what the source's values count times: one number, or one for each row
+    rescaled: Rescaling | None = None  # the values are divided by a new scale before they are rounded
+    scale_of: str | None = None  # this is the new scale of that tensor, and is known when that one is
+    content: str | None = None  # the bytes themselves, as UTF-8 text; the source only says where they belong
+
+    @property
+    def is_rescaled(self) -> bool:
+        """True if the largest value has to be known before the first one is rounded: the rows are gone over twice."""
+        return self.rescaled is not None
+
+    @property
+    def is_given(self) -> bool:
+        """True if the bytes are neither copied nor computed from the source: they come from the plan, or with
+        the tensor of which this is the scale."""
+        return self.scale_of is not None or self.content is not None
 
     @property
     def is_padded(self) -> bool:
@@ -99,7 +122,8 @@ class TensorPlan:
     @property
     def is_copy(self) -> bool:
         """True if the stored bytes are the result, as far as the source goes."""
-        return not self.terms and self.dtype == self.source.dtype and not (self.is_padded or self.replaced)
+        changed = self.is_padded or self.replaced or self.scale is not None or self.is_rescaled or self.is_given
+        return not self.terms and self.dtype == self.source.dtype and not changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +232,8 @@ class Plan:
     settings: dict[str, Any]  # what the recipe record needs to be replayed
     record: bool
     embeddings: tuple[EmbeddingPlan, ...] = ()
+    rounding: str = "nearest"  # one of bake.plan.recipe.ROUNDINGS
+    seed: int = 0  # of stochastic rounding
     schema: int = SCHEMA
 
     def tensors(self) -> Iterator[tuple[FilePlan, TensorPlan]]:

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+EVERY = "all"  # stands for every component in a mapping of dtypes
+# "fast" is to nearest without recomputing in float64 what float32 cannot decide.
+ROUNDINGS = ("nearest", "stochastic", "fast")
+
 # What becomes of token embeddings that travel in adapters: files of their own, part of the model, left out.
 EMBEDDING_MODES = ("beside", "add", "drop")
 
@@ -43,12 +47,29 @@ class Recipe:
     base: Path
     adapters: tuple[AdapterChoice, ...]
     also: tuple[Path, ...] = ()  # further files of a split stack
-    dtype: str = "keep"  # "keep" or a key of OUTPUT_DTYPES
+    dtype: str | Mapping[str, str] = "keep"  # "keep" or a key of OUTPUT_DTYPES; or component -> these, see `dtype_for`
     only: tuple[str, ...] = ()  # fuse into these components alone; "te" is every text encoder
     allow_unmatched: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)  # added to the output's
     record: bool = True  # write names, weights and digests of the inputs into the output
     embeddings: str = "beside"  # one of EMBEDDING_MODES
+    rounding: str = "nearest"  # one of ROUNDINGS
+    seed: int = 0  # of stochastic rounding
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Component, "te" for every text encoder, or EVERY -> its dtype."""
+        return {EVERY: self.dtype} if isinstance(self.dtype, str) else self.dtype
+
+    @property
+    def converts(self) -> bool:
+        """True if any dtype is to change."""
+        return any(dtype != "keep" for dtype in self.dtypes.values())
+
+    def dtype_for(self, component: str) -> str:
+        """The dtype asked for `component`, where the narrowest name counts: "te1", then "te", then EVERY."""
+        names = (component, "te", EVERY) if is_text_encoder(component) else (component, EVERY)
+        return next((self.dtypes[name] for name in names if name in self.dtypes), "keep")
 
     def wants(self, component: str) -> bool:
         """True if modules of `component` are to be fused."""

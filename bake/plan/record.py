@@ -12,7 +12,7 @@ from typing import Any
 
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import FAMILIES
-from bake.io.digest import Digest
+from bake.io.known import Digest
 from bake.plan.model import AdapterUse, FilePlan, Plan
 
 RECIPE_KEY = "bake.recipe"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from bake.dtypes import DTYPES
 from bake.errors import UnmatchedModules, Unsupported
 from bake.identify.checkpoint import BaseIdentity
-from bake.identify.quantised import quantisation_of
+from bake.identify.scaled import ScaledBase, quantised
+from bake.io.checkpoint import Checkpoint
 from bake.io.header import TensorInfo
 from bake.plan.match import Matching
 from bake.plan.recipe import is_text_encoder
@@ -18,9 +18,9 @@ from bake.plan.recipe import is_text_encoder
 _LISTED = 8  # unmatched modules spelled out in the message; all are in its details
 
 
-def refuse_quantised(base: Path, names: Iterable[str], config: Mapping[str, Any] | None) -> None:
-    """Raise Unsupported if the base is quantised. config: its config.json."""
-    found = quantisation_of(names, config)
+def refuse_quantised(base: Path, checkpoint: Checkpoint, scaled: ScaledBase) -> None:
+    """Raise Unsupported if the base is quantised in another way than with fp8 scales that bake knows."""
+    found = quantised(checkpoint, scaled)
     if found is not None:
         raise Unsupported(
             f"{base}: a {found.kind} checkpoint ({found.evidence!r} tells). {found.remedy}",

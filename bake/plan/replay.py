@@ -65,10 +65,12 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
             base=base,
             adapters=adapters,
             also=also,
-            dtype=str(settings["dtype"]),
+            dtype=_dtype(settings["dtype"]),
             only=tuple(str(name) for name in settings["only"]),
             allow_unmatched=bool(settings["allow_unmatched"]),
             embeddings=str(settings["embeddings"]),
+            rounding=str(settings.get("rounding", "nearest")),
+            seed=int(settings.get("seed", 0)),
         )
     except _NotFound as missing:
         where = ", ".join(str(folder) for folder in folders)
@@ -80,6 +82,12 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"{source}: its recipe is malformed: {type(error).__name__} {error}") from None
+
+
+def _dtype(recorded: Any) -> str | dict[str, str]:
+    if isinstance(recorded, dict):
+        return {str(component): str(dtype) for component, dtype in recorded.items()}
+    return str(recorded)
 
 
 class _NotFound(Exception):
