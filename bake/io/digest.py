@@ -6,21 +6,16 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from bake.io.files import READ_PIECE, read_bytes, read_into, reading
+from bake.io.files import read_bytes, read_into, reading
+from bake.io.known import Digest, recall, remember
 from bake.io.tensorfile import open_tensors
 
+# Large, because every piece waits for Python's lock, which others hold for long while torch is imported.
+_PIECE = 16 * 1024 * 1024
+
 _LEGACY_BEGIN, _LEGACY_BYTES = 0x100000, 0x10000
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """What identifies a file's bytes."""
-
-    sha256: str  # of the whole file, 64 hexadecimal digits; the first 10 are A1111's short hash, AutoV2
-    legacy: str  # 8 digits, over 64 KiB only: A1111's first model hash, AutoV1
 
 
 def digest_file(path: Path, stop: threading.Event | None = None) -> Digest:
@@ -33,6 +28,18 @@ def digest_file(path: Path, stop: threading.Event | None = None) -> Digest:
             if stop is not None and stop.is_set():
                 return Digest("", "")
         return Digest(whole.hexdigest(), legacy_hash(fd, size, path))
+
+
+def known_digest(path: Path, stop: threading.Event | None = None) -> Digest:
+    """As `digest_file`, but without reading the file again if it was digested before and has not changed since."""
+    with reading(path) as fd:
+        status = os.fstat(fd)
+    digest = recall(path, status)
+    if digest is None:
+        digest = digest_file(path, stop)
+        if digest.sha256:
+            remember(path, status, digest)
+    return digest
 
 
 def data_sha256(path: Path) -> str | None:
@@ -59,7 +66,7 @@ def legacy_hash(fd: int, size: int, path: Path) -> str:
 
 def _pieces(fd: int, begin: int, end: int, path: Path) -> Iterator[memoryview]:
     """The bytes [begin, end), in pieces that share one buffer: each is valid until the next is taken."""
-    buffer = memoryview(bytearray(min(READ_PIECE, max(0, end - begin))))
+    buffer = memoryview(bytearray(min(_PIECE, max(0, end - begin))))
     position = begin
     while position < end:
         piece = buffer[: end - position]
@@ -82,7 +89,7 @@ class BackgroundDigests:
     def _run(self) -> None:
         try:
             for path in self._paths:
-                self._digests.append(digest_file(path, self._stop))
+                self._digests.append(known_digest(path, self._stop))
         except BaseException as error:
             self._error = error
 

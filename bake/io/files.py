@@ -93,6 +93,24 @@ def read_bytes(fd: int, begin: int, end: int, path: object) -> bytes:
     return bytes(buffer)
 
 
+def prefetch(fd: int, begin: int, end: int) -> None:
+    """Ask the system to have bytes [begin, end) of the file in memory soon, unless they are there already."""
+    if not hasattr(os, "RWF_NOWAIT"):  # Linux
+        return
+    try:
+        os.preadv(fd, [bytearray(1)], begin, os.RWF_NOWAIT)
+    except BlockingIOError:  # a look at the first byte costs little, advice about cached pages costs a walk over them
+        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        pass  # not every file system can tell
+
+
+def forget(fd: int, begin: int, end: int) -> None:
+    """Tell the system that bytes [begin, end) of the file, if they are on the disk, need no memory any more."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+
 def write_at(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at byte `offset`; raises OSError as the system gives it."""
     done = 0

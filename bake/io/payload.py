@@ -26,6 +26,12 @@ def view_as(raw: Tensor, tag: str, shape: tuple[int, ...]) -> Tensor:
     return raw[: count * DTYPES[tag].bits // 8].view(torch_dtype(tag)).reshape(shape)
 
 
+def as_bytes(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    found: memoryview = values.view(-1).view(torch.uint8).numpy().data
+    return found
+
+
 def read_rows(file: TensorFile, begin: int, tag: str, columns: int, rows: range, dtype: torch.dtype) -> Tensor:
     """Some rows of a stored tensor seen as a matrix of `columns` columns, widened to `dtype` on the CPU.
 

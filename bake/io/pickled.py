@@ -81,6 +81,12 @@ class PickledFile:
             done += len(piece)
             place += 1
 
+    def prefetch(self, begin: int, end: int) -> None:
+        pass  # mapped or in memory already
+
+    def forget(self, begin: int, end: int) -> None:
+        pass
+
     def kernel_span(self) -> None:
         return None
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from bake.dtypes import decode_scalar
 from bake.errors import InputError, Unsupported
-from bake.io.files import open_for_reading, read_bytes, read_into
+from bake.io.files import forget, open_for_reading, prefetch, read_bytes, read_into
 from bake.io.header import Header, TensorInfo, header_length, parse_header
 
 _FEW = 64  # numbers that are read while planning
@@ -28,6 +28,12 @@ class TensorFile(Protocol):
 
     def read_into(self, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` with the data section's bytes from `begin` on; safe from several threads."""
+
+    def prefetch(self, begin: int, end: int) -> None:
+        """Say that these bytes of the data section will be read soon."""
+
+    def forget(self, begin: int, end: int) -> None:
+        """Say that these bytes will not be read again."""
 
     def kernel_span(self) -> tuple[int, int] | None:
         """(file descriptor, byte where the data section starts) for copies inside the kernel, or None."""
@@ -69,6 +75,12 @@ class SafetensorsFile:
 
     def read_into(self, begin: int, buffer: memoryview) -> None:
         read_into(self._descriptor(), buffer, self._data_start + begin, self.path)
+
+    def prefetch(self, begin: int, end: int) -> None:
+        prefetch(self._descriptor(), self._data_start + begin, self._data_start + end)
+
+    def forget(self, begin: int, end: int) -> None:
+        forget(self._descriptor(), self._data_start + begin, self._data_start + end)
 
     def kernel_span(self) -> tuple[int, int]:
         return self._descriptor(), self._data_start
