@@ -1,17 +1,12 @@
-"""Which rows of a tensor are worked on together.
-
-The grid follows from the tensor's shape alone, never from free memory or threads, so that neither
-changes how a matrix product is cut up and with it the last bit of a float32 result.
-"""
+"""Which rows of a tensor are read, worked on and written together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from bake.keys.factors import as_matrix
-
-CHUNK_ELEMENTS = 512 * 1024  # 2 MiB in float32: stays in the cache between widening, adding and rounding
+# Every call of torch hands Python's lock to another worker, and getting it back takes some 30 microseconds: calls
+# have to be long compared to that, even if what they work on then no longer fits into a core's own cache.
+CHUNK_ELEMENTS = 1024 * 1024
 
 
 class Chunk(NamedTuple):
@@ -26,14 +21,6 @@ class Chunk(NamedTuple):
         return (self.last - self.first) * self.columns
 
 
-def chunks(shape: tuple[int, ...]) -> Iterator[Chunk]:
-    """The chunks of a tensor, in order; at least one row each."""
-    rows, columns = as_matrix(shape)
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
-    for first in range(0, rows, step):
-        yield Chunk(first, min(rows, first + step), columns)
-
-
-def largest_chunk(shape: tuple[int, ...]) -> int:
-    """Elements of the largest chunk of a tensor."""
-    return next((chunk.elements for chunk in chunks(shape)), 0)
+def chunk_height(columns: int, elements: int | None = None) -> int:
+    """How many rows a chunk has: at least one, else at most `elements` (CHUNK_ELEMENTS) together."""
+    return max(1, (elements or CHUNK_ELEMENTS) // max(1, columns))

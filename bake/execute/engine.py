@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.execute.team import Team
+from bake.garbage import without_collecting
 from bake.io.files import copy_range, open_for_writing, write_at
 from bake.io.fileset import Expected, FileSet
 from bake.io.tensorfile import TensorFile
@@ -23,7 +24,7 @@ class Options:
     """How to run; none of it changes what is written."""
 
     device: str = "auto"
-    memory: int = DEFAULT_MEMORY  # bytes for chunk buffers
+    memory: int = DEFAULT_MEMORY  # bytes for the workers' buffers
     threads: int | None = None  # that compute; None: one per core, at most 8
 
 
@@ -35,6 +36,15 @@ class Target:
     data_start: int  # byte at which its data section begins
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was seen of the numbers while they were written."""
+
+    survival: dict[str, float] = field(default_factory=dict)  # component -> share of the update left after rounding
+    # component -> tensor -> elements beyond the largest 8-bit number, which is written in their place
+    clamped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
 @dataclass
 class Task:
     """What the threads of one run share."""
@@ -44,32 +54,42 @@ class Task:
     files: FileSet
     options: Options
     progress: Progress
+    forgets: bool  # what was read shall not stay in memory
     team: Team = field(default_factory=Team)
 
 
-def execute(plan: Plan, targets: Mapping[str, Target], options: Options, progress: Progress) -> dict[str, float]:
-    """Write the data section of every file of `plan`; return what survived of the updates.
+def outgrows_memory(plan: Plan) -> bool:
+    """True if the machine's memory cannot hold all that is read and written; bake then clears it away behind itself."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows has none of this, nor the means to do it
+        return False
+    return sum(source.size for source in plan.inputs) + plan.data_bytes > memory
 
-    Survival is by component: the share of the update that is still there after rounding.
+
+def execute(plan: Plan, targets: Mapping[str, Target], options: Options, progress: Progress) -> Measured:
+    """Write the data section of every file of `plan`; return what survived of the updates, and what was clamped.
+
     Raises NonFinite, InputError, UsageError for a device that is not there, and the disk's OSError.
     Whatever is raised, all threads have ended.
     """
     files = FileSet([Expected(source.path, source.size, source.modified) for source in plan.inputs])
-    task = Task(plan, targets, files, options, progress)
+    task = Task(plan, targets, files, options, progress, outgrows_memory(plan))
     progress.start("fusing", plan.data_bytes)
     task.team.start("copier", lambda: _copy_untouched(task))
-    survival: dict[str, float] = {}
+    measured = Measured()
     try:
-        if any(not tensor.is_copy for _, tensor in plan.tensors()):
-            from bake.execute.pipeline import Pipeline  # brings torch
+        if any(not (tensor.is_copy or tensor.is_given) for _, tensor in plan.tensors()):
+            with without_collecting():
+                from bake.execute.pipeline import Pipeline  # brings torch
 
-            survival = Pipeline(task).run()
+            measured = Pipeline(task).run()
     except BaseException as error:
         task.team.stop(error)
     task.team.join()
     files.check_unchanged()
     progress.finish()
-    return survival
+    return measured
 
 
 def _copy_untouched(task: Task) -> None:
@@ -84,7 +104,13 @@ def _copy_untouched(task: Task) -> None:
             for place, begin, end, offset in _copied_spans(file):
                 with task.files.using(place) as source:
                     _copy_span(source, begin, end, output, target.data_start + offset, copied)
+                    if task.forgets:
+                        source.forget(begin, end)
             for tensor in file.tensors:
+                if tensor.content is not None:
+                    content = memoryview(tensor.content.encode())
+                    write_at(output, content, target.data_start + tensor.span[0])
+                    copied(len(content))
                 if tensor.appended:
                     from bake.execute.appended import write_appended  # brings torch
 

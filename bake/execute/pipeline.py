@@ -1,162 +1,189 @@
-"""The part of a run that computes: one thread reads, several add and round, one writes.
+"""The part of a run that computes: workers that read, compute and write, each with buffers of its own.
 
-Chunks travel in a fixed ring of buffers, so memory is the ring and not the model.
+A worker takes the next tensor, or the next part of a very large one, loads its factors, and carries it chunk by
+chunk from the base to the output. While one waits for the disk or a device the others go on; on a GPU each has
+a stream of its own, so that copies run beside the arithmetic. Memory is the workers' buffers and factors.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from bake.dtypes import DTYPES
-from bake.execute.chunk import Chunk, chunks, largest_chunk
-from bake.execute.compute import Survival, Work, work_on
-from bake.execute.device import choose_device
-from bake.execute.engine import Task
-from bake.execute.team import Channel, Closed
-from bake.io.files import open_for_writing, write_at
-from bake.io.payload import read_padded, view_as
-from bake.io.tensorfile import TensorFile
-from bake.plan.model import TensorPlan
+from bake.adapters import is_plain
+from bake.execute.compute import NOTHING, Chained, Converted, Survival, Work
+from bake.execute.device import Device, choose_devices
+from bake.execute.engine import Measured, Task
+from bake.execute.rounding import Nearest, Rounding
+from bake.execute.scaled import Rescaled
+from bake.execute.stochastic import Stochastic
+from bake.execute.sums import Sum
+from bake.execute.worker import Worker
+from bake.io.fileset import FileSet
+from bake.keys.factors import as_matrix
+from bake.plan.model import Plan, TensorPlan
 
 _MAX_WORKERS = 8
-_SLOTS_PER_WORKER = 4  # one being read, one computed, one written, one waiting
-_OPEN_OUTPUTS = 16
+_WORKERS_PER_GPU = 4  # one reading, one computing, one writing, one to spare
+_PART_ELEMENTS = 16 * 1024 * 1024  # tensors with more are worked on by several workers
+_AHEAD = 8  # tensors that the system is asked to read before a worker comes to them
+_MANY_FILES = 64  # with more, inputs are only open while they are read
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
-    """Two host buffers of the ring."""
+class _Part:
+    """Rows of one tensor that one worker takes care of."""
 
-    raw: Tensor  # bytes of the base
-    out: Tensor  # bytes of the result
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One chunk on its way through the ring."""
-
-    slot: _Slot
-    work: Work
-    chunk: Chunk
+    tensor: TensorPlan
     relative: str  # output file it belongs to
+    shared: _Shared
+    rows: range
+    scale: TensorPlan | None  # what the tensor's new scale is stored in, if this part is to see to that
+
+
+class _Shared:
+    """The work on one tensor, made by whoever is first, for all of its parts and dropped after the last."""
+
+    def __init__(self, tensor: TensorPlan, rounding: Rounding, parts: int) -> None:
+        self._tensor, self._rounding = tensor, rounding
+        self._left = parts
+        self._works: dict[torch.device, Work] = {}
+        self._lock = threading.Lock()
+
+    def work(self, files: FileSet, device: Device) -> Work:
+        with self._lock:
+            if device.torch not in self._works:
+                self._works[device.torch] = work_on(self._tensor, files, device, self._rounding)
+                device.wait()  # other workers' streams use the factors too
+            return self._works[device.torch]
+
+    def done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._works.clear()
+
+
+def work_on(tensor: TensorPlan, files: FileSet, device: Device, rounding: Rounding) -> Work:
+    """What is to be done to `tensor`, with its factors loaded, ready for any chunk of it.
+
+    Raises InputError if the factors of a term contradict each other.
+    """
+    is_plain_sum = all(is_plain(term.algorithm, term.factors) for term in tensor.terms)
+    if not device.has_float64 and (tensor.scale is not None or tensor.is_rescaled or not is_plain_sum):
+        device = Device("cpu")
+    kind = (Sum if is_plain_sum else Chained) if tensor.terms else Converted
+    work = kind(tensor, files, device, rounding)
+    return work if tensor.rescaled is None else Rescaled(work, tensor.rescaled, files, rounding)
+
+
+def rounding_of(plan: Plan, tensor: TensorPlan) -> Rounding:
+    """How the elements of `tensor` are rounded."""
+    if plan.rounding == "stochastic":
+        return Stochastic(plan.seed, tensor.name, tensor.dtype)
+    return Nearest(tensor.dtype, is_fast=plan.rounding == "fast")
+
+
+class _Agenda:
+    """The parts in the order of the files, each handed out once; those to come are read ahead by the system."""
+
+    def __init__(self, task: Task) -> None:
+        self._files = task.files
+        scales = {(file.relative, other.scale_of): other for file, other in task.plan.tensors() if other.scale_of}
+        self._parts = [
+            part
+            for file, tensor in task.plan.tensors()
+            if not (tensor.is_copy or tensor.is_given)
+            for part in _parts_of(
+                tensor, file.relative, rounding_of(task.plan, tensor), scales.get((file.relative, tensor.name))
+            )
+        ]
+        self._handed_out = 0
+        self._lock = threading.Lock()
+
+    def next(self) -> _Part | None:
+        """The next part; None after the last."""
+        with self._lock:
+            place = self._handed_out
+            self._handed_out += 1
+        for coming in self._parts[place + _AHEAD : place + _AHEAD + 1] if place else self._parts[: _AHEAD + 1]:
+            self._prefetch(coming.tensor)
+        return self._parts[place] if place < len(self._parts) else None
+
+    def _prefetch(self, tensor: TensorPlan) -> None:
+        for stored in (tensor.source, *(stored for term in tensor.terms for stored in term.factors.values())):
+            with self._files.using(stored.input) as file:
+                file.prefetch(*stored.span)
+
+
+def _parts_of(tensor: TensorPlan, relative: str, rounding: Rounding, scale: TensorPlan | None) -> list[_Part]:
+    """scale: what the tensor's new scale is stored in, if it gets one."""
+    height, width = as_matrix(tensor.view)
+    rows = max(1, _PART_ELEMENTS // max(1, width))
+    ranges = [range(first, min(height, first + rows)) for first in range(0, height, rows)]
+    shared = _Shared(tensor, rounding, len(ranges))
+    return [_Part(tensor, relative, shared, each, None if each.start else scale) for each in ranges]
 
 
 class Pipeline:
-    """Reader, workers and writer around a ring of buffers."""
+    """The workers of one run."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._device = choose_device(task.options.device)
-        tensors = [tensor for _, tensor in task.plan.tensors() if not tensor.is_copy]
-        self._elements = max(largest_chunk(tensor.view) for tensor in tensors)
-        self._widest = max(_item_bytes(tag) for tensor in tensors for tag in (tensor.dtype, tensor.source.dtype))
-        self._workers = task.options.threads or min(_MAX_WORKERS, os.cpu_count() or 1)
-        self._working = self._workers
-        slots = self._affordable_slots()
-        self._free: Channel[_Slot] = task.team.add_channel(Channel(slots))
-        self._loaded: Channel[_Job] = task.team.add_channel(Channel(slots))
-        self._finished: Channel[_Job] = task.team.add_channel(Channel(slots))
-        for _ in range(slots):
-            size = self._elements * self._widest
-            self._free.put(_Slot(self._device.staging(size), self._device.staging(size)))
+        self._devices = choose_devices(task.options.device)
+        cores = min(_MAX_WORKERS, os.cpu_count() or 1)
+        default = cores if self._devices[0].is_cpu else max(cores, _WORKERS_PER_GPU * len(self._devices))
+        memory = task.options.memory
+        self._workers = self._devices[0].workers(task.options.threads or default, memory)
+        self._elements = self._devices[0].chunk_elements(memory // self._workers)
+        self._agenda = _Agenda(task)
         self._sums: dict[str, Survival] = {}
+        self._clamped: dict[str, dict[str, int]] = {}
         self._lock = threading.Lock()
 
-    def _affordable_slots(self) -> int:
-        scratch = self._workers * self._elements * 2 * max(4, self._widest)
-        slot = max(1, 2 * self._elements * self._widest)
-        budget = max(0, self._task.options.memory - scratch)
-        return max(2, min(self._workers * _SLOTS_PER_WORKER, budget // slot))
-
-    def run(self) -> dict[str, float]:
-        """Fuse every tensor that is not a copy; return the survival of the updates by component."""
+    def run(self) -> Measured:
+        """Make every tensor that is not a copy; return what was measured on the way."""
         torch.backends.cuda.matmul.allow_tf32 = False
         threads_before = torch.get_num_threads()
         torch.set_num_threads(1)  # the workers are the parallelism; nested threads would fight for the cores
         try:
-            self._task.team.start("reader", self._read)
-            for number in range(self._workers):
-                self._task.team.start(f"worker {number}", self._work)
-            self._task.team.start("writer", self._write)
-            self._task.team.join()
+            with ExitStack() as opened:
+                if len(self._task.plan.inputs) <= _MANY_FILES:
+                    for place in range(len(self._task.plan.inputs)):
+                        if self._task.plan.inputs[place].role != "config":
+                            opened.enter_context(self._task.files.using(place))
+                for number in range(self._workers):
+                    device = self._devices[number % len(self._devices)]
+                    self._task.team.start(f"worker {number}", functools.partial(self._work, device))
+                self._task.team.join()
         finally:
             torch.set_num_threads(threads_before)
-        shares = {component: sums.share for component, sums in sorted(self._sums.items())}
-        return {component: share for component, share in shares.items() if share is not None}
+        by_chance = self._task.plan.rounding == "stochastic"
+        sums = sorted(self._sums.items())
+        shares = {component: each.mean_share if by_chance else each.share for component, each in sums}
+        survival = {component: share for component, share in shares.items() if share is not None}
+        clamped = {component: dict(sorted(found.items())) for component, found in sorted(self._clamped.items())}
+        return Measured(survival, clamped)
 
-    def _read(self) -> None:
-        for file, tensor in self._task.plan.tensors():
-            if tensor.is_copy:
-                continue
-            work = work_on(tensor, self._task.files, self._device)
-            with self._task.files.using(tensor.source.input) as source:
-                for chunk in chunks(tensor.view):
-                    slot = self._free.get()
-                    _fill(slot.raw, tensor, source, chunk)
-                    self._loaded.put(_Job(slot, work, chunk, file.relative))
-        self._loaded.close()
+    def _work(self, device: Device) -> None:
+        with Worker(self._task, device, self._elements) as worker, device.open_lane():
+            while (part := self._agenda.next()) is not None:
+                work = part.shared.work(self._task.files, device)
+                survival = worker.carry(work, part.relative, part.rows)
+                if part.scale is not None and isinstance(work, Rescaled):
+                    worker.store(work.scale_bytes, part.relative, part.scale)
+                part.shared.done()
+                self._count(part.tensor, survival)
 
-    def _work(self) -> None:
-        # Some tensors may need float64: the same memory then holds half as many elements.
-        scratch = self._device.scratch(self._elements * max(4, self._widest), torch.uint8)
-        try:
-            while True:
-                job = self._loaded.get()
-                shape = (job.chunk.last - job.chunk.first, job.chunk.columns)
-                raw = view_as(job.slot.raw, job.work.plan.source.dtype, shape)
-                out = view_as(job.slot.out, job.work.plan.dtype, shape)
-                survival = job.work.fuse(raw, out, job.chunk, scratch)
-                self._count(job.work.plan.component, survival)
-                self._finished.put(job)
-        except Closed:
-            self._task.team.check()
+    def _count(self, tensor: TensorPlan, survival: Survival) -> None:
+        component = tensor.component
         with self._lock:
-            self._working -= 1
-            if self._working == 0:
-                self._finished.close()
-
-    def _count(self, component: str, survival: Survival) -> None:
-        with self._lock:
-            self._sums[component] = self._sums.get(component, Survival(0.0, 0.0)) + survival
-
-    def _write(self) -> None:
-        outputs: dict[str, int] = {}
-        try:
-            while True:
-                job = self._finished.get()
-                if job.relative not in outputs:
-                    if len(outputs) == _OPEN_OUTPUTS:  # a folder may have thousands of shards
-                        os.close(outputs.pop(next(iter(outputs))))
-                    outputs[job.relative] = open_for_writing(self._task.targets[job.relative].path)
-                size = _item_bytes(job.work.plan.dtype)
-                offset = self._task.targets[job.relative].data_start + job.work.plan.span[0]
-                data = job.slot.out.numpy().data[: job.chunk.elements * size]
-                write_at(outputs[job.relative], data, offset + job.chunk.first * job.chunk.columns * size)
-                self._task.progress.advance(len(data))
-                self._free.put(job.slot)
-        except Closed:
-            self._task.team.check()
-        finally:
-            for descriptor in outputs.values():
-                os.close(descriptor)
-
-
-def _fill(raw: Tensor, tensor: TensorPlan, source: TensorFile, chunk: Chunk) -> None:
-    stored = tensor.source
-    if tensor.is_padded:
-        out = view_as(raw, stored.dtype, (chunk.last - chunk.first, chunk.columns))
-        rows = range(chunk.first, chunk.last)
-        out.copy_(read_padded(source, stored.span[0], stored.dtype, tensor.source_size, chunk.columns, rows, out.dtype))
-        return
-    size = _item_bytes(stored.dtype)
-    begin = stored.span[0] + chunk.first * chunk.columns * size
-    source.read_into(begin, raw.numpy().data[: chunk.elements * size])
-
-
-def _item_bytes(tag: str) -> int:
-    return DTYPES[tag].bits // 8
+            self._sums[component] = self._sums.get(component, NOTHING) + survival
+            if survival.clamped:
+                found = self._clamped.setdefault(component, {})
+                found[tensor.name] = found.get(tensor.name, 0) + survival.clamped

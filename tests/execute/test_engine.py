@@ -16,7 +16,7 @@ from support import drafts, load, lora_delta, random, raw, rounded, save, save_t
 
 from bake.api import fuse
 from bake.errors import InputChanged, NonFinite
-from bake.execute import compute, pipeline
+from bake.execute import compute, sums, worker
 from bake.plan.recipe import AdapterChoice
 
 
@@ -224,7 +224,8 @@ class TestSurvival:
         assert max(fuse(base, [(lora, 1e-6)], tmp_path / "out.safetensors").survival.values()) < 0.1
 
     def test_the_share_is_that_of_the_definition(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(compute, "_SAMPLED_ROWS", 1)
+        for module in (compute, sums):
+            monkeypatch.setattr(module, "SAMPLED_ROWS", 1)
         base, lora, deltas = sd1_pair(tmp_path)
         result = fuse(base, [(lora, 0.002)], tmp_path / "out.safetensors")
         before, after = load(base), load(tmp_path / "out.safetensors")
@@ -265,7 +266,7 @@ class TestFailures:
             fuse(base, [save(lora, arrays)], tmp_path / "out.safetensors")
         self.assert_clean(tmp_path)
 
-    @pytest.mark.parametrize("stage", ["_fill", "write_at", "work_on"])
+    @pytest.mark.parametrize("stage", ["worker.as_bytes", "worker.write_at", "pipeline.work_on", "pipeline.Worker"])
     def test_a_failure_in_any_stage_stops_the_run_and_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
     ) -> None:
@@ -273,7 +274,7 @@ class TestFailures:
             raise MemoryError("no more")
 
         base, lora, _ = sd1_pair(tmp_path)
-        monkeypatch.setattr(pipeline, stage, fail)
+        monkeypatch.setattr(f"bake.execute.{stage}", fail)
         with pytest.raises(MemoryError, match="no more"):
             fuse(base, [lora], tmp_path / "out.safetensors")
         self.assert_clean(tmp_path)
@@ -282,13 +283,13 @@ class TestFailures:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         base, lora, _ = sd1_pair(tmp_path)
-        original = pipeline._fill
+        original = worker.write_at
 
         def touch(*arguments: object) -> None:
             base.touch()
             original(*arguments)
 
-        monkeypatch.setattr(pipeline, "_fill", touch)
+        monkeypatch.setattr(worker, "write_at", touch)
         with pytest.raises(InputChanged):
             fuse(base, [lora], tmp_path / "out.safetensors", verify="none")
         self.assert_clean(tmp_path)

@@ -1,0 +1,122 @@
+"""One worker: carries chunks from the base through the arithmetic to the output, in buffers it uses again."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from bake.errors import UsageError
+from bake.execute.chunk import Chunk, chunk_height
+from bake.execute.compute import NOTHING, Survival, Work
+from bake.execute.device import Desk, Device
+from bake.execute.engine import Task
+from bake.io.files import open_for_writing, write_at
+from bake.io.payload import as_bytes, read_padded
+from bake.keys.factors import as_matrix
+from bake.plan.model import TensorPlan
+
+
+class Worker:
+    """The buffers and the open output of one thread; leaving the block closes it."""
+
+    def __init__(self, task: Task, device: Device, elements: int | None) -> None:
+        """elements: of a chunk, at most, where that changes no bit; None: as everywhere."""
+        self._task = task
+        self._elements = elements
+        self._desks = {device.torch: Desk(device)}
+        self._relative: str | None = None  # the output file that is open
+        self._output = self._data_start = -1  # its descriptor, and where its data section begins
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def carry(self, work: Work, relative: str, rows: range) -> Survival:
+        """Finish these rows of the tensor that `work` is for, in the output file `relative`; what survived of them."""
+        self._open(relative)
+        columns, survival = as_matrix(work.plan.view)[1], NOTHING
+        height = chunk_height(columns, self._elements if work.has_free_grid else None)
+        first = rows.start
+        while first < rows.stop:
+            self._task.team.check()
+            chunk = Chunk(first, min(rows.stop, first + height), columns)
+            try:
+                survival += self._pass(work, chunk)
+            except torch.OutOfMemoryError:
+                height = self._with_less(work, chunk)
+            else:
+                first = chunk.last
+        return survival
+
+    def _with_less(self, work: Work, chunk: Chunk) -> int:
+        """Half as many rows as there is no memory for; raises UsageError if that is none."""
+        height = (chunk.last - chunk.first) // 2
+        if height == 0:
+            raise UsageError(
+                f"{work.device.torch}: too little memory for one row of {work.plan.name}; use --device cpu"
+            )
+        for desk in self._desks.values():
+            desk.clear()
+        work.device.free_unused()
+        self._elements = height * chunk.columns  # of the next ones too
+        return height
+
+    def store(self, data: memoryview, relative: str, tensor: TensorPlan) -> None:
+        """Write the whole of a tensor of the output file `relative`."""
+        self._open(relative)
+        write_at(self._output, data, self._data_start + tensor.span[0])
+        self._task.progress.advance(len(data))
+
+    def _open(self, relative: str) -> None:
+        if relative != self._relative:
+            self._close()
+            self._output = open_for_writing(self._task.targets[relative].path)
+            self._relative, self._data_start = relative, self._task.targets[relative].data_start
+
+    def _close(self) -> None:
+        if self._relative is not None:
+            os.close(self._output)
+            self._relative = None
+
+    def _pass(self, work: Work, chunk: Chunk) -> Survival:
+        plan, device = work.plan, work.device
+        desk = self._desks.setdefault(device.torch, Desk(device))
+        shape = (chunk.last - chunk.first, chunk.columns)
+        stored = desk.on_host("read", plan.source.dtype, shape)
+        finished = desk.on_host("written", plan.dtype, shape)
+        self._read(plan, chunk, stored)
+        if device.is_cpu:
+            survival = work.fuse(stored, finished, chunk, desk)
+        else:
+            raw = desk.computed("raw", stored.dtype, shape)
+            out = desk.computed("out", finished.dtype, shape)
+            raw.copy_(stored, non_blocking=True)
+            survival = work.fuse(raw, out, chunk, desk)
+            finished.copy_(out, non_blocking=True)
+            device.wait()
+        data = as_bytes(finished)
+        size = finished.element_size()
+        write_at(self._output, data, self._data_start + plan.span[0] + chunk.first * chunk.columns * size)
+        self._task.progress.advance(len(data))
+        return survival
+
+    def _read(self, plan: TensorPlan, chunk: Chunk, stored: Tensor) -> None:
+        source = plan.source
+        with self._task.files.using(source.input) as file:
+            if plan.is_padded:
+                rows = range(chunk.first, chunk.last)
+                tag, size = source.dtype, plan.source_size
+                stored.copy_(read_padded(file, source.span[0], tag, size, chunk.columns, rows, stored.dtype))
+            else:
+                begin = source.span[0] + chunk.first * chunk.columns * stored.element_size()
+                data = as_bytes(stored)
+                file.read_into(begin, data)
+                if self._task.forgets:
+                    file.forget(begin, begin + len(data))

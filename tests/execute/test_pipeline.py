@@ -1,0 +1,155 @@
+"""Scheduling: devices and their memory, parts of large tensors, many threads; on a device that only pretends."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import kohya_lora, peft_lora, sd1_pair
+from names import small
+from support import random, save
+from torch import Tensor
+
+from bake.api import fuse
+from bake.errors import UsageError
+from bake.execute import chunk, pipeline, sums
+from bake.execute.chunk import Chunk
+from bake.execute.compute import Survival
+from bake.execute.device import Desk, Device
+from bake.execute.sums import Sum
+
+
+class Pretended(Device):
+    """A device with memory and streams of its own, as far as the rest of bake can see; its tensors are the CPU's."""
+
+    def __init__(self, largest: int = 10**9) -> None:
+        super().__init__("cpu")
+        self.largest = largest  # elements of a chunk that fit
+        self.lanes: list[str] = []
+        self.uploads = self.waits = self.freed = 0
+
+    @property
+    def is_cpu(self) -> bool:
+        return False
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        self.uploads += 1
+        return tensor.clone()
+
+    @contextlib.contextmanager
+    def open_lane(self) -> Iterator[None]:
+        self.lanes.append(threading.current_thread().name)
+        yield
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def free_unused(self) -> None:
+        self.freed += 1
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Pretended]:
+    """Two pretended devices, which `fuse` takes for whatever it is asked for."""
+    devices = [Pretended(), Pretended()]
+    monkeypatch.setattr(pipeline, "choose_devices", lambda name: devices)
+    original = Sum.fuse
+
+    def limited(self: Sum, raw: Tensor, out: Tensor, part: Chunk, desk: Desk) -> Survival:
+        assert isinstance(self.device, Pretended)
+        if part.elements > self.device.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, raw, out, part, desk)
+
+    monkeypatch.setattr(Sum, "fuse", limited)
+    return devices
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_all_devices_work_and_give_the_cpu_s_bytes(tmp_path: Path, pretended: list[Pretended]) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    fuse(base, [lora], tmp_path / "out.safetensors", threads=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.undo()
+        patch.setattr(pipeline, "choose_devices", lambda name: [Device("cpu")])
+        patch.setattr(Sum, "fuse", Sum.__mro__[1].fuse)
+        fuse(base, [lora], tmp_path / "cpu.safetensors")
+    assert sha256(tmp_path / "out.safetensors") == sha256(tmp_path / "cpu.safetensors")
+    for device in pretended:
+        assert len(device.lanes) == 2  # of four workers
+    assert sum(device.waits for device in pretended) > 0
+
+
+def test_a_factor_is_uploaded_once_for_all_chunks_of_a_tensor(
+    tmp_path: Path, pretended: list[Pretended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "chunk_elements", lambda self, budget: 40)
+    base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 50, 20).astype(np.float16)})
+    lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (50, 20)}, ["a.weight"]))
+    fuse(base, [lora], tmp_path / "out.safetensors", threads=1)
+    assert pretended[0].waits >= 25  # one for each chunk at least
+    assert pretended[0].uploads == 2
+
+
+def test_too_little_device_memory_halves_the_chunks(tmp_path: Path, pretended: list[Pretended]) -> None:
+    base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 64, 20).astype(np.float16)})
+    lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (64, 20)}, ["a.weight"]))
+    whole = fuse(base, [lora], tmp_path / "whole.safetensors", threads=1)
+    pretended[0].largest = 8 * 20
+    result = fuse(base, [lora], tmp_path / "out.safetensors", threads=1)
+    assert sha256(tmp_path / "out.safetensors") == sha256(tmp_path / "whole.safetensors")
+    assert pretended[0].freed == 3  # 64 rows, 32, 16; then 8 at a time
+    assert list(result.survival.values()) == pytest.approx(list(whole.survival.values()), rel=1e-2)
+
+
+def test_a_device_without_room_for_one_row_is_a_clear_error(tmp_path: Path, pretended: list[Pretended]) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    for device in pretended:
+        device.largest = 0
+    with pytest.raises(UsageError, match="--device cpu"):
+        fuse(base, [lora], tmp_path / "out.safetensors")
+    assert set(tmp_path.iterdir()) == {base, lora}
+
+
+def test_a_large_tensor_is_shared_by_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_PART_ELEMENTS", 200)
+    monkeypatch.setattr(chunk, "CHUNK_ELEMENTS", 60)
+    made: list[str] = []
+    original = sums.Sum.__init__
+
+    def counted(self: Sum, plan: object, *rest: object) -> None:
+        made.append("once")
+        original(self, plan, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sums.Sum, "__init__", counted)
+    base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 97, 20).astype(np.float16)})
+    lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (97, 20)}, ["a.weight"]))
+    fuse(base, [lora], tmp_path / "out.safetensors", threads=3, verify="full")
+    assert made == ["once"]
+
+
+def test_more_threads_than_memory_for_their_buffers(tmp_path: Path) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    arrays, _ = kohya_lora(small("sd1"), rank=3, seed=500)
+    other = save(tmp_path / "other.safetensors", arrays)
+    outputs = []
+    for number, (threads, memory) in enumerate([(64, 1), (64, 2**40), (1, 2**20)]):
+        outputs.append(tmp_path / f"{number}.safetensors")
+        fuse(base, [lora, other], outputs[-1], threads=threads, memory=memory)
+    assert len({sha256(output) for output in outputs}) == 1
+
+
+def test_as_many_workers_as_memory_allows() -> None:
+    device = Device("cpu")
+    assert device.workers(8, 0) == 1
+    assert device.workers(8, 2**40) == 8
+    assert 1 <= device.workers(8, 2**26) < 8
