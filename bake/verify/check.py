@@ -11,7 +11,7 @@ from bake.plan.model import Plan
 from bake.progress import Progress
 from bake.verify.embeddings import check_embedding_files
 from bake.verify.report import Report
-from bake.verify.structure import check_structure, check_untouched
+from bake.verify.structure import check_content, check_structure, check_untouched
 
 
 def check_files(
@@ -32,16 +32,18 @@ def check_files(
             if not check_structure(file, output, report):
                 continue
             for tensor in file.tensors:
-                if tensor.is_copy:
+                if tensor.content is not None:
+                    check_content(tensor, output, report)
+                    progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
+                elif tensor.is_copy:
                     check_untouched(tensor, output, files, full, report)
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
-            touched = [tensor for tensor in file.tensors if not tensor.is_copy]
+            touched = [tensor for tensor in file.tensors if not (tensor.is_copy or tensor.is_given)]
             if touched:
-                from bake.verify.numeric import check_tensor, iter_blocks  # brings torch
+                from bake.verify.numeric import check_tensors  # brings torch
 
-                for tensor, blocks in iter_blocks(touched, full):
-                    report.touched_tensors += 1
-                    check_tensor(tensor, blocks, output, files, report)
+                for tensor, found in check_tensors(plan, touched, full, output, files):
+                    report.include(found)
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
             for tensor in file.tensors:
                 if tensor.appended:

@@ -34,6 +34,15 @@ class Report:
         """Share of the recomputed elements that are correctly rounded; 1 where none were touched."""
         return self.equal / self.elements if self.elements else 1.0
 
+    def include(self, other: Report) -> None:
+        """Add what another report, on further tensors, has found."""
+        self.touched_tensors += other.touched_tensors
+        self.elements += other.elements
+        self.equal += other.equal
+        if self.worst is None or other.max_ulp > self.max_ulp:
+            self.max_ulp, self.worst = max(self.max_ulp, other.max_ulp), other.worst
+        self.findings += other.findings
+
     def add(self, finding: str) -> None:
         self.findings.append(finding)
 

@@ -1,10 +1,16 @@
-"""Rounding float64 once to a stored dtype, and the spacing of its values; independent of any cast."""
+"""Rounding float64 once to a stored dtype, and the spacing of its values; independent of any cast.
+
+Of stochastic rounding only the draws are shared with the run that is checked.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bake.draws import DRAW_BITS, draws_at
 from bake.dtypes import DTYPES
 
 _BIAS, _EXPONENT_SHIFT, _EXPONENT_MASK = 1023, 52, 0x7FF  # of float64
@@ -32,3 +38,32 @@ def round_once(values: Tensor, tag: str) -> Tensor:
     rounded = torch.round(values / step) * step
     infinite = torch.copysign(torch.full_like(rounded, torch.inf), rounded)
     return torch.where(rounded.abs() > row.largest, infinite, rounded)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How the elements of one tensor are rounded."""
+
+    tag: str
+    key: int | None = None  # of its draws; None: to nearest
+    is_fast: bool = False  # as float32 gives it
+
+    def round(self, values: Tensor, first: int) -> Tensor:
+        """`values` (float64, consecutive elements of the tensor) as they are to be stored; still float64.
+
+        first: flat index of the first one.
+        """
+        row = DTYPES[self.tag]
+        if self.key is None or row.bits >= 32:
+            return round_once(values, self.tag)
+        index = torch.arange(first, first + values.numel(), device=values.device).view(values.shape)
+        drawn = (draws_at(self.key, index.view(-1)).view(values.shape).to(torch.int64) >> (32 - DRAW_BITS)).double()
+        draw = drawn / 2**DRAW_BITS + 0.5  # the sign bit counts as the uppermost one
+        size = values.abs().clamp(max=row.largest)
+        step = spacing(size, self.tag)
+        below = torch.floor(size / step)
+        up = size / step - below >= 1 - draw
+        chosen = (below + up) * step
+        if row.bits > 8:
+            chosen = torch.where(values.abs() >= row.overflow, torch.inf, chosen)
+        return torch.copysign(chosen, values)

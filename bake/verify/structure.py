@@ -54,6 +54,13 @@ def check_untouched(tensor: TensorPlan, output: TensorFile, files: FileSet, full
                 return
 
 
+def check_content(tensor: TensorPlan, output: TensorFile, report: Report) -> None:
+    """Compare a tensor that the plan itself holds."""
+    info = output.tensors[tensor.name]
+    if _read(output, info.begin, info.nbytes) != str(tensor.content).encode():
+        report.add(f"{output.path}: {tensor.name} does not say {tensor.content!r}")
+
+
 def _everything(size: int) -> list[tuple[int, int]]:
     return [(offset, min(_PIECE, size - offset)) for offset in range(0, size, _PIECE)]
 
