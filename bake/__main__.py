@@ -1,5 +1,5 @@
 """python -m bake"""
 
-from bake.cli import main
+from bake.cli import run
 
-main()
+run()

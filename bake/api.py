@@ -14,12 +14,14 @@ from typing import Any, Literal
 from bake import __version__
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
-from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute
-from bake.io.digest import BackgroundDigests, Digest
+from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute, outgrows_memory
+from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft, check_target, refusal_of
 from bake.io.files import open_for_writing, write_at
 from bake.io.header import TensorInfo, build_header
+from bake.io.known import Digest
 from bake.io.tensorfile import open_tensors
+from bake.io.writeback import Writeback
 from bake.plan.build import build_plan as plan_recipe
 from bake.plan.embeddings import embeddings_folder
 from bake.plan.model import FilePlan, Plan
@@ -42,6 +44,7 @@ class Result:
     plan: Plan
     output: Path
     survival: dict[str, float]  # component -> share of the update left after rounding
+    clamped: dict[str, dict[str, int]]  # component -> tensor -> elements beyond the largest fp8 number, which stands in
     report: Report | None  # None with verify="none"
     bytes_written: int
     seconds: float
@@ -53,20 +56,24 @@ def build_plan(
     adapters: Iterable[AdapterLike],
     *,
     also: Iterable[PathLike] = (),
-    dtype: str = "keep",
+    dtype: str | Mapping[str, str] = "keep",
     only: Iterable[str] = (),
     allow_unmatched: bool = False,
     metadata: Mapping[str, str] | None = None,
     record: bool = True,
     embeddings: str = "beside",
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> Plan:
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
     base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or
-    AdapterChoice. also: further files of a split stack. dtype: "keep", "fp32", "fp16" or "bf16". only:
-    components to fuse into. metadata: added to the output's. record: write names, weights and SHA-256
-    of the inputs into the output. embeddings: what becomes of token embeddings that travel in adapters:
-    "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer and text encoder) or "drop".
+    AdapterChoice. also: further files of a split stack. dtype: "keep" or a key of bake.dtypes.OUTPUT_DTYPES, or a
+    mapping from component ("te" for all text encoders, "all" for the rest) to these. only: components to fuse
+    into. metadata: added to the output's. record: write names, weights and SHA-256 of the inputs into the output.
+    embeddings: what becomes of token embeddings that travel in adapters: "beside" (files in OUTPUT.embeddings),
+    "add" (to a diffusers folder's tokenizer and text encoder) or "drop". rounding: "nearest", "stochastic" or
+    "fast", see docs/numerics.md. seed: of stochastic rounding.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     return plan_recipe(
@@ -74,12 +81,14 @@ def build_plan(
             base=Path(base),
             adapters=tuple(_choice(adapter) for adapter in adapters),
             also=tuple(Path(path) for path in also),
-            dtype=dtype,
+            dtype=dtype if isinstance(dtype, str) else dict(dtype),
             only=tuple(only),
             allow_unmatched=allow_unmatched,
             metadata=dict(metadata or {}),
             record=record,
             embeddings=embeddings,
+            rounding=rounding,
+            seed=seed,
         )
     )
 
@@ -149,26 +158,49 @@ def run_plan(
         digests = BackgroundDigests([source.path for source in plan.inputs] if plan.record else [])
         try:
             targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
-            survival = execute(plan, targets, Options(device, memory, threads), progress)
-            _write_side_files(plan, draft)
-            _write_headers(plan, targets, digests.result())
-            beside.write()
+            with Writeback([target.path for target in targets.values()], forget=outgrows_memory(plan)):
+                measured = execute(plan, targets, Options(device, memory, threads), progress)
+                _write_side_files(plan, draft)
+                _write_headers(plan, targets, digests.result())
+                beside.write()
+                report = _verified(plan, targets, verify, beside, output, progress)
         except OSError as error:
             raise refusal_of(error, place) from None
         finally:
             digests.cancel()
-        report = None
-        if verify != "none":
-            paths = {relative: target.path for relative, target in targets.items()}
-            report = check_files(plan, paths, verify == "full", progress, beside.paths)
-            if not report.ok:
-                raise VerificationFailed(
-                    f"{output} was not written: the finished draft is not what was planned.\n{report.summary()}",
-                    **report.to_json(),
-                )
         beside.publish()  # first: where the output is, they are
         draft.publish()
-    return Result(plan, Path(output), survival, report, sum(sizes.values()), time.monotonic() - started, draft.leftover)
+    return Result(
+        plan,
+        Path(output),
+        measured.survival,
+        measured.clamped,
+        report,
+        sum(sizes.values()),
+        time.monotonic() - started,
+        draft.leftover,
+    )
+
+
+def _verified(
+    plan: Plan,
+    targets: Mapping[str, Target],
+    verify: Verification,
+    beside: EmbeddingFiles,
+    output: PathLike,
+    progress: Progress,
+) -> Report | None:
+    """The report on the finished drafts; raises VerificationFailed if anything in it is wrong."""
+    if verify == "none":
+        return None
+    paths = {relative: target.path for relative, target in targets.items()}
+    report = check_files(plan, paths, verify == "full", progress, beside.paths)
+    if not report.ok:
+        raise VerificationFailed(
+            f"{output} was not written: the finished draft is not what was planned.\n{report.summary()}",
+            **report.to_json(),
+        )
+    return report
 
 
 def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) -> Path:
@@ -199,7 +231,7 @@ def input_bytes(plan: Plan) -> int:
     stored = [each for _, tensor in plan.tensors() for term in tensor.terms for each in term.factors.values()]
     stored += [vectors.stored for embedding in plan.embeddings for vectors in embedding.vectors]
     factors = {(each.input, each.name): each.span[1] - each.span[0] for each in stored}
-    base = sum(tensor.source.span[1] - tensor.source.span[0] for _, tensor in plan.tensors())
+    base = sum(tensor.source.span[1] - tensor.source.span[0] for _, tensor in plan.tensors() if not tensor.is_given)
     return base + sum(factors.values())
 
 

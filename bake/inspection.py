@@ -17,11 +17,11 @@ from bake.identify.families import title
 from bake.identify.fingerprints import trainer_of
 from bake.identify.others import kind_of
 from bake.identify.parts import component_of, in_order
-from bake.identify.quantised import quantisation_of
+from bake.identify.scaled import quantised, scaled_layers
 from bake.identify.training import training_of
 from bake.io.adapter import AdapterFile, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
-from bake.io.digest import data_sha256, digest_file
+from bake.io.digest import data_sha256, known_digest
 from bake.io.tensorfile import read_number
 from bake.keys.factors import split_key
 from bake.plan.record import RECIPE_KEY
@@ -86,7 +86,8 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     metadata: dict[str, str] = {}
     for part in checkpoint.files:
         metadata = {**part.file.metadata, **metadata}
-    quantised = quantisation_of(name for name, _ in tensors)
+    scaled = scaled_layers(checkpoint)
+    obstacle = quantised(checkpoint, scaled)
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.root),
@@ -100,7 +101,8 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             component.name: sum(name.startswith(component.prefix) for name, _ in tensors)
             for component in identity.components
         },
-        "quantised": quantised[0] if quantised is not None else None,
+        "quantised": obstacle.kind if obstacle is not None else None,
+        "scaled_layers": len(scaled.layers),
         "files": [{"name": part.relative, "size": part.file.size} for part in checkpoint.files],
         "tensors": len(tensors),
         "dtypes": dict(Counter(info.dtype for _, info in tensors)),
@@ -191,7 +193,7 @@ def _weight_files(path: Path) -> Iterable[Path]:
 
 
 def _hashes(path: Path) -> dict[str, str | None]:
-    digest = digest_file(path)
+    digest = known_digest(path)
     data = data_sha256(path)
     return {
         "sha256": digest.sha256,

@@ -20,6 +20,16 @@ settings.load_profile("bake")
 _BIG_FREE_BYTES = 30 * 10**9
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What bake remembers between runs is kept apart from the user's, also by the processes that tests start."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+            patch.setenv(name, folder)
+        yield
+
+
 @pytest.fixture
 def sd1_base() -> Path:
     """A checkpoint with every tensor name of Stable Diffusion 1.5."""

@@ -39,14 +39,14 @@ main(words)
 # Writes slowly, so that a signal from outside arrives in the middle.
 SLOW = """
 import sys, time
-import bake.execute.pipeline as pipeline
-write = pipeline.write_at
+import bake.execute.worker as worker
+write = worker.write_at
 
 def slow(*arguments):
     time.sleep(0.2)
     write(*arguments)
 
-pipeline.write_at = slow
+worker.write_at = slow
 from bake.cli import main
 main(sys.argv[1:])
 """
@@ -54,7 +54,7 @@ main(sys.argv[1:])
 POINTS = [
     *(("bake.io.draft._create", 1, "before"), ("bake.io.draft._create", 1, "after")),
     *(("bake.execute.engine.copy_range", 1, "before"), ("bake.execute.engine.copy_range", 3, "after")),
-    *(("bake.execute.pipeline.write_at", 1, "before"), ("bake.execute.pipeline.write_at", 4, "after")),
+    *(("bake.execute.worker.write_at", 1, "before"), ("bake.execute.worker.write_at", 4, "after")),
     *(("bake.api._write_headers", 1, "before"), ("bake.api._write_headers", 1, "after")),
     *(("bake.api.check_files", 1, "before"), ("bake.api.check_files", 1, "after")),
     *(("os.fsync", 1, "before"), ("os.fsync", 1, "after"), ("os.replace", 1, "before")),

@@ -40,6 +40,13 @@ def in_pieces(count: int, size: int = 3) -> list[range]:
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
+def rows_of(update: Any, rows: range, columns: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The rows `rows` of an additive update, on their own."""
+    block = torch.zeros(len(rows), columns, dtype=dtype)
+    update.add_to(block, rows)
+    return block
+
+
 def randomise(module: nn.Module, seed: int = 0) -> None:
     """Fill every parameter that training would change: fresh adapters start as no change at all."""
     generator = torch.Generator().manual_seed(seed)

@@ -48,14 +48,20 @@ def matrix(weight: Any) -> Tensor:
 
 def whole(transform: Any, weight: Tensor) -> Tensor:
     """The new weight, all rows in one step."""
-    new: Tensor = transform.apply(weight, range(len(weight)))
+    return applied(transform, weight, range(len(weight)))
+
+
+def applied(transform: Any, weight: Tensor, rows: range) -> Tensor:
+    """The new values of `rows` beside their old ones, which the transform overwrites."""
+    new = weight.clone()
+    transform.apply(new, rows)
     return new
 
 
 def assert_pieces_make_the_whole(transform: Any, weight: Tensor) -> None:
     """As few rows at a time as the transform allows give what all rows at once give, in the dtype of the weight."""
     step = transform.block
-    pieces = [transform.apply(weight[at : at + step], range(at, at + step)) for at in range(0, len(weight), step)]
+    pieces = [applied(transform, weight[at : at + step], range(at, at + step)) for at in range(0, len(weight), step)]
     new = whole(transform, weight)
     assert new.dtype == weight.dtype
     torch.testing.assert_close(torch.cat(pieces), new, rtol=0, atol=1e-12 if weight.dtype == torch.float64 else 1e-5)

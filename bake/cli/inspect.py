@@ -193,6 +193,8 @@ def _show_checkpoint(out: Output, found: dict[str, Any]) -> None:
     out.line("kind", f"a checkpoint: {found['title']}{variant}, {found['layout']} layout")
     if found["quantised"]:
         out.line("", f"quantised ({found['quantised']}): nothing can be fused into it")
+    if found["scaled_layers"]:
+        out.line("", f"scaled fp8: {found['scaled_layers']} layers count times a scale of their own")
     out.line("parts", ", ".join(f"{name} ({count} tensors)" for name, count in found["components"].items()))
     out.line("holds", _contents(found))
     recipe = found["recipe"]

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import click
 
 from bake.dtypes import OUTPUT_DTYPES
-from bake.plan.recipe import EMBEDDING_MODES, AdapterChoice
+from bake.plan.recipe import EMBEDDING_MODES, EVERY, ROUNDINGS, AdapterChoice
 from bake.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 _WEIGHT_KEYS = ("te", "unet")
+_DTYPES = ("keep", *OUTPUT_DTYPES)
 
 
 class Weighted(click.ParamType):
@@ -79,6 +80,20 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class ComponentDtype(click.ParamType):
+    """DTYPE, or COMPONENT=DTYPE; converts to (component or "all", dtype)."""
+
+    name = "dtype"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        component, _, dtype = str(value).rpartition("=")
+        if dtype not in _DTYPES:
+            self.fail(f"{dtype!r} is not one of {', '.join(_DTYPES)}", param, ctx)
+        return component or EVERY, dtype
+
+
 class KeyValue(click.ParamType):
     """KEY=VALUE."""
 
@@ -122,6 +137,27 @@ adapter_options = stack(
     ),
 )
 
+cast_options = stack(
+    click.option(
+        *("--dtype", "dtypes"),
+        type=ComponentDtype(),
+        multiple=True,
+        metavar="[COMPONENT=]DTYPE",
+        help="Stored dtype of the output's floats, or of one component's (unet=..., te=..., vae=...): "
+        f"{', '.join(_DTYPES)}. Default: keep, every tensor in its own. fp8 is for the matrices inside the blocks "
+        "of all but the VAE. Repeatable.",
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(ROUNDINGS),
+        default="nearest",
+        show_default=True,
+        help="nearest: every element is the exact result, rounded once. stochastic: up or down by chance, so that "
+        "small updates survive on average. fast: nearest, as float32 gives it.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding."),
+)
+
 embeddings_option = click.option(
     "--embeddings",
     type=click.Choice(EMBEDDING_MODES),
@@ -139,13 +175,7 @@ recipe_options = stack(
         metavar="FILE",
         help="A further file of a split model (a text encoder). The output is then a folder. Repeatable.",
     ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["keep", *OUTPUT_DTYPES]),
-        default="keep",
-        show_default=True,
-        help="Stored dtype of the output's floats; keep leaves every tensor in its own.",
-    ),
+    cast_options,
     click.option(
         "--only",
         multiple=True,

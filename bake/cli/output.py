@@ -85,15 +85,23 @@ class Output:
                     if name in result.survival
                 )
                 self.line("survived", f"{shares} of the update after rounding")
+            for name, tensors in result.clamped.items():
+                count, worst = sum(tensors.values()), max(tensors, key=lambda tensor: tensors[tensor])
+                self.line("clamped", f"{_component_label(name, result.plan)}: {count} elements, most in {worst}")
             if result.report is not None:
                 self.line("verified", _verdict(result.report))
         if result.leftover:
             self.warn(f"a draft that a killed run had left beside {result.output} was replaced")
+        for name, tensors in result.clamped.items():
+            self.warn(
+                f"{sum(tensors.values())} elements of {name} are beyond the largest number of their dtype, which was "
+                f"written in their place: write scaled fp8 (--dtype fp8_e4m3fn_scaled) or a wider dtype."
+            )
         for name, share in result.survival.items():
             if share < _WEAK:
                 self.warn(
                     f"only {_percent(share)} of the update of {name} survived the rounding: it is too small for the "
-                    f"dtype. A wider one keeps more (--dtype fp32), so does a larger weight."
+                    f"dtype. {_advice(result.plan)}"
                 )
 
     def show_report(self, output: Path, report: Report) -> None:
@@ -156,6 +164,12 @@ def _embedding(embedding: EmbeddingPlan, plan: Plan, output: Path | None) -> str
     tokens = dict.fromkeys(token for vectors in embedding.vectors for token in vectors.tokens)
     where = f"in {file}" if file is not None else f"added to the tokenizer as {', '.join(tokens)}"
     return f"{embedding.token} of {plan.adapters[embedding.adapter].name}: {sizes}, {where}"
+
+
+def _advice(plan: Plan) -> str:
+    """What keeps more of an update than the plan does."""
+    wider = "A wider dtype keeps more (--dtype fp32, bf16 or fp16), so does a larger weight"
+    return f"{wider}." if plan.rounding == "stochastic" else f"{wider}; --rounding stochastic keeps it on average."
 
 
 def _component_label(name: str, plan: Plan) -> str:

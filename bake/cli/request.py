@@ -35,6 +35,16 @@ def chosen_adapters(
     return choices
 
 
+def chosen_dtypes(values: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """component or EVERY -> dtype, as asked for with --dtype; raises UsageError if one is named twice."""
+    chosen: dict[str, str] = {}
+    for component, dtype in values:
+        if component in chosen:
+            raise UsageError(f"--dtype is given twice for {component} ({chosen[component]} and {dtype})")
+        chosen[component] = dtype
+    return chosen
+
+
 def make_plan(
     base: Path,
     out: Output,
@@ -43,7 +53,9 @@ def make_plan(
     prompt: str | None,
     lora_dir: Path | None,
     also: Sequence[Path],
-    dtype: str,
+    dtypes: Sequence[tuple[str, str]],
+    rounding: str,
+    seed: int,
     only: Sequence[str],
     allow_unmatched: bool,
     embeddings: str,
@@ -52,13 +64,16 @@ def make_plan(
 ) -> Plan:
     """The plan that the options of fuse and plan ask for."""
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
-    if not adapters and dtype == "keep":
+    dtype = chosen_dtypes(dtypes)
+    if not adapters and all(each == "keep" for each in dtype.values()):
         raise UsageError("nothing to fuse: name adapters with -l, or with --prompt and --lora-dir")
     return api.build_plan(
         base,
         adapters,
         also=also,
         dtype=dtype,
+        rounding=rounding,
+        seed=seed,
         only=only,
         allow_unmatched=allow_unmatched,
         embeddings=embeddings,

@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 
 from bake import api
-from bake.cli.options import adapter_options, embeddings_option, output_options
+from bake.cli.options import adapter_options, cast_options, embeddings_option, output_options
 from bake.cli.output import Output
-from bake.cli.request import chosen_adapters
-from bake.dtypes import OUTPUT_DTYPES
+from bake.cli.request import chosen_adapters, chosen_dtypes
 from bake.errors import UsageError, VerificationFailed
 from bake.plan.recipe import AdapterChoice
 
@@ -21,7 +20,7 @@ from bake.plan.recipe import AdapterChoice
 @click.option("--base", type=click.Path(path_type=Path), help="What it was made from. Default: the recipe inside.")
 @adapter_options
 @click.option("--also", multiple=True, type=click.Path(path_type=Path), help="As for fuse.")
-@click.option("--dtype", type=click.Choice(["keep", *OUTPUT_DTYPES]), default="keep", help="As for fuse.")
+@cast_options
 @click.option("--only", multiple=True, metavar="COMPONENT", help="As for fuse.")
 @click.option("--allow-unmatched", is_flag=True, help="As for fuse.")
 @embeddings_option
@@ -41,7 +40,9 @@ def command(
     prompt: str | None,
     lora_dir: Path | None,
     also: Sequence[Path],
-    dtype: str,
+    dtypes: Sequence[tuple[str, str]],
+    rounding: str,
+    seed: int,
     only: Sequence[str],
     allow_unmatched: bool,
     embeddings: str,
@@ -62,9 +63,18 @@ def command(
     """
     out = Output(as_json, quiet, verbose)
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
-    if base is None and (adapters or also or only or allow_unmatched or dtype != "keep" or embeddings != "beside"):
+    is_asked = adapters or also or only or allow_unmatched or dtypes or embeddings != "beside"
+    if base is None and (is_asked or rounding != "nearest" or seed):
         raise UsageError("adapters and their options need --base too; without it the stored recipe is replayed")
-    what = {"also": also, "dtype": dtype, "only": only, "allow_unmatched": allow_unmatched, "embeddings": embeddings}
+    what = {
+        "also": also,
+        "dtype": chosen_dtypes(dtypes),
+        "rounding": rounding,
+        "seed": seed,
+        "only": only,
+        "allow_unmatched": allow_unmatched,
+        "embeddings": embeddings,
+    }
     with out.progress() as progress:
         report = api.check_output(
             output, base, adapters, search=search, full=full, progress=progress, **what if base else {}

@@ -8,6 +8,8 @@ import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import sd1_pair
+from support import bake
 
 from bake.cli.options import KeyValue, Size, Weighted
 from bake.plan.recipe import AdapterChoice
@@ -65,3 +67,35 @@ def test_sizes_and_pairs() -> None:
     for kind, text in ((Size(), "much"), (KeyValue(), "a"), (KeyValue(), "=b")):
         with pytest.raises(click.UsageError):
             kind.convert(text, None, None)
+
+
+class TestDtypes:
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ([], "keep"),
+            (["--dtype", "bf16"], "bf16"),
+            (["--dtype", "all=bf16"], "bf16"),
+            (["--dtype", "fp32", "--dtype", "vae=bf16"], {"all": "fp32", "vae": "bf16"}),
+            (["--dtype", "te=bf16"], {"te": "bf16"}),
+        ],
+    )
+    def test_a_dtype_is_for_all_or_for_one_component(self, tmp_path: Path, words: list[str], expected) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        found = bake("plan", base, "-l", lora, *words, "--json", "-v").json
+        assert found["plan"]["settings"]["dtype"] == expected
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--dtype", "fp12"], "'fp12' is not one of keep, fp32"),
+            (["--dtype", "vae=fp12"], "'fp12' is not one of keep, fp32"),
+            (["--dtype", "nose=fp16"], "it has unet, te1, vae"),
+            (["--dtype", "fp16", "--dtype", "bf16"], "given twice"),
+        ],
+    )
+    def test_others_are_usage_errors(self, tmp_path: Path, words: list[str], message: str) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        done = bake("plan", base, "-l", lora, *words)
+        assert done.code == 2
+        assert message in done.err
