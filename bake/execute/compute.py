@@ -141,7 +141,7 @@ class Work(ABC):
     def refuse(self, raw: Tensor, chunk: Chunk) -> NoReturn:
         """Raise the NonFinite that says whose fault a result is that the output dtype cannot hold."""
         name, target = self.plan.name, DTYPES[self.plan.dtype]
-        if not bool(torch.isfinite(raw.to(torch.float32)).all()):
+        if not bool(torch.isfinite(widened(raw)).all()):
             holder = "the adapter's tensor for it" if self.plan.replaced else "the base"
             raise NonFinite(f"{name}: {holder} holds NaN or infinity, so nothing can be made of it", tensor=name)
         values = self._values(raw, chunk)

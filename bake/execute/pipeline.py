@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from bake.adapters import is_plain
+from bake.errors import UsageError
 from bake.execute.compute import NOTHING, Chained, Converted, Survival, Work
 from bake.execute.device import Device, choose_devices
 from bake.execute.engine import Measured, Task
@@ -31,7 +32,7 @@ from bake.plan.model import Plan, TensorPlan
 _MAX_WORKERS = 8
 _WORKERS_PER_GPU = 4  # one reading, one computing, one writing, one to spare
 _PART_ELEMENTS = 16 * 1024 * 1024  # tensors with more are worked on by several workers
-_AHEAD = 8  # tensors that the system is asked to read before a worker comes to them
+_AHEAD = 8  # parts that the system is asked to read before a worker comes to them
 _MANY_FILES = 64  # with more, inputs are only open while they are read
 
 
@@ -112,13 +113,21 @@ class _Agenda:
             place = self._handed_out
             self._handed_out += 1
         for coming in self._parts[place + _AHEAD : place + _AHEAD + 1] if place else self._parts[: _AHEAD + 1]:
-            self._prefetch(coming.tensor)
+            self._prefetch(coming)
         return self._parts[place] if place < len(self._parts) else None
 
-    def _prefetch(self, tensor: TensorPlan) -> None:
-        for stored in (tensor.source, *(stored for term in tensor.terms for stored in term.factors.values())):
-            with self._files.using(stored.input) as file:
-                file.prefetch(*stored.span)
+    def _prefetch(self, part: _Part) -> None:
+        tensor, source = part.tensor, part.tensor.source
+        height = max(1, tensor.source_size[0])
+        row = (source.span[1] - source.span[0]) // height  # bytes
+        begin, end = (source.span[0] + min(place, height) * row for place in (part.rows.start, part.rows.stop))
+        wanted = [(source.input, begin, end)]
+        if part.rows.start == 0:
+            factors = (stored for term in tensor.terms for stored in term.factors.values())
+            wanted += [(stored.input, *stored.span) for stored in factors]
+        for place, begin, end in wanted:
+            with self._files.using(place) as file:
+                file.prefetch(begin, end)
 
 
 def _parts_of(tensor: TensorPlan, relative: str, rounding: Rounding, scale: TensorPlan | None) -> list[_Part]:
@@ -173,12 +182,20 @@ class Pipeline:
     def _work(self, device: Device) -> None:
         with Worker(self._task, device, self._elements) as worker, device.open_lane():
             while (part := self._agenda.next()) is not None:
-                work = part.shared.work(self._task.files, device)
+                work = self._ready(part, device)
                 survival = worker.carry(work, part.relative, part.rows)
                 if part.scale is not None and isinstance(work, Rescaled):
                     worker.store(work.scale_bytes, part.relative, part.scale)
                 part.shared.done()
                 self._count(part.tensor, survival)
+
+    def _ready(self, part: _Part, device: Device) -> Work:
+        try:
+            return part.shared.work(self._task.files, device)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"{device.torch}: too little memory for the factors of {part.tensor.name}; use --device cpu"
+            ) from None
 
     def _count(self, tensor: TensorPlan, survival: Survival) -> None:
         component = tensor.component

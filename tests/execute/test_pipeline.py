@@ -23,6 +23,7 @@ from bake.execute.chunk import Chunk
 from bake.execute.compute import Survival
 from bake.execute.device import Desk, Device
 from bake.execute.sums import Sum
+from bake.io.tensorfile import SafetensorsFile
 
 
 class Pretended(Device):
@@ -118,6 +119,34 @@ def test_a_device_without_room_for_one_row_is_a_clear_error(tmp_path: Path, pret
     with pytest.raises(UsageError, match="--device cpu"):
         fuse(base, [lora], tmp_path / "out.safetensors")
     assert set(tmp_path.iterdir()) == {base, lora}
+
+
+def test_a_device_without_room_for_the_factors_is_a_clear_error(
+    tmp_path: Path, pretended: list[Pretended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Pretended, tensor: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    base, lora, _ = sd1_pair(tmp_path)
+    monkeypatch.setattr(Pretended, "upload", full)
+    with pytest.raises(UsageError, match=r"factors of .*--device cpu"):
+        fuse(base, [lora], tmp_path / "out.safetensors")
+
+
+def test_each_part_of_a_large_tensor_is_read_ahead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_PART_ELEMENTS", 200)
+    base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 97, 20).astype(np.float16)})
+    lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (97, 20)}, ["a.weight"]))
+    asked: list[tuple[str, int, int]] = []
+
+    def prefetch(self: SafetensorsFile, begin: int, end: int) -> None:
+        asked.append((self.path.name, begin, end))
+
+    monkeypatch.setattr(SafetensorsFile, "prefetch", prefetch)
+    fuse(base, [lora], tmp_path / "out.safetensors", threads=1)
+    spans = [(begin, end) for name, begin, end in asked if name == base.name]
+    assert spans == [(first * 40, min(97, first + 10) * 40) for first in range(0, 97, 10)]
+    assert sum(name == lora.name for name, _, _ in asked) == 2
 
 
 def test_a_large_tensor_is_shared_by_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

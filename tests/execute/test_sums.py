@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from support import save
 
 from bake.api import fuse
+from bake.errors import NonFinite
 from bake.execute import sums
 from bake.execute.chunk import Chunk, chunk_height
 from bake.execute.device import Desk, Device
@@ -260,6 +261,11 @@ class TestTheSameBytes:
         assert bench.run() == bench.due()
         monkeypatch.setattr(torch, "mm", shuffled)
         assert bench.run() == bench.due()
+
+    def test_a_base_beyond_float32_is_called_too_large_and_not_infinite(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path, np.full((4, 5), 1e300), [Update(lora(1, 2, 4, 5))])
+        with pytest.raises(NonFinite, match=r"the result reaches 1e\+300"):
+            bench.run()
 
     def test_where_float32_overflows_on_the_way(self, tmp_path: Path) -> None:
         up, down = normal(1, 96, 4, dtype=np.float32) * np.float32(1e30), normal(2, 4, 160, dtype=np.float32)
