@@ -102,13 +102,14 @@ def test_a_factor_is_uploaded_once_for_all_chunks_of_a_tensor(
 
 
 def test_too_little_device_memory_halves_the_chunks(tmp_path: Path, pretended: list[Pretended]) -> None:
-    base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 64, 20).astype(np.float16)})
-    lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (64, 20)}, ["a.weight"]))
+    shapes = {"a.weight": (64, 20), "b.weight": (64, 20)}
+    base = save(tmp_path / "base.safetensors", {name: random(0, 64, 20).astype(np.float16) for name in shapes})
+    lora = save(tmp_path / "lora.safetensors", peft_lora(shapes, list(shapes)))
     whole = fuse(base, [lora], tmp_path / "whole.safetensors", threads=1)
     pretended[0].largest = 8 * 20
     result = fuse(base, [lora], tmp_path / "out.safetensors", threads=1)
     assert sha256(tmp_path / "out.safetensors") == sha256(tmp_path / "whole.safetensors")
-    assert pretended[0].freed == 3  # 64 rows, 32, 16; then 8 at a time
+    assert pretended[0].freed == 3  # 64 rows, 32, 16; then 8 at a time, in both tensors
     assert list(result.survival.values()) == pytest.approx(list(whole.survival.values()), rel=1e-2)
 
 

@@ -267,6 +267,28 @@ class TestTheSameBytes:
         with pytest.raises(NonFinite, match=r"the result reaches 1e\+300"):
             bench.run()
 
+    def test_where_infinities_of_float32_cancel(self, tmp_path: Path) -> None:
+        up, down = normal(1, 96, 4, dtype=np.float32) * np.float32(1e30), normal(2, 4, 160, dtype=np.float32)
+        factors = up, down * np.float32(1e9)
+        bench = Bench(tmp_path, normal(0, 96, 160), [Update(factors, 1.0), Update(factors, -1.0)], "BF16")
+        assert bench.run() == bench.due()
+
+    def test_float32_is_tried_once_where_it_decides_too_little(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench = Bench(tmp_path, normal(0, 96, 160, spread=1e-3), [Update(lora(1, 128, spread=1.0))])
+        tried: list[int] = []
+        original = Sum._in_float32
+
+        def counted(self: Sum, raw: torch.Tensor, *rest: Any) -> Any:
+            tried.append(raw.shape[0])
+            return original(self, raw, *rest)
+
+        monkeypatch.setattr(Sum, "_in_float32", counted)
+        monkeypatch.setattr(sums, "_DENSE_SHARE", 1 / 1000)
+        assert bench.run(160 * 8) == bench.due()
+        assert tried == [8]
+
     def test_where_float32_overflows_on_the_way(self, tmp_path: Path) -> None:
         up, down = normal(1, 96, 4, dtype=np.float32) * np.float32(1e30), normal(2, 4, 160, dtype=np.float32)
         update = Update((up, down * np.float32(1e-30)), 1e9)
@@ -274,6 +296,12 @@ class TestTheSameBytes:
         for each in (update, small):
             bench = Bench(tmp_path, normal(0, 96, 160), [each], "BF16")
             assert bench.run() == bench.due()
+
+
+def test_pairs_out_of_balance_do_not_widen_the_bound() -> None:
+    pairs = [(torch.full((3, 2), high), torch.full((2, 4), 1 / high)) for high in (1e6, 1e-6)]
+    tall, wide = sums._norms(pairs)
+    assert 4 <= float((tall * wide).max()) < 9  # each pair alone: 2
 
 
 def test_fast_rounding_leaves_few_elements_wrong_and_verification_allows_that(tmp_path: Path) -> None:
