@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -19,6 +18,7 @@ from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft, check_target, refusal_of
 from bake.io.files import open_for_writing, write_at
 from bake.io.header import TensorInfo, build_header
+from bake.io.jsontext import parse_object
 from bake.io.known import Digest
 from bake.io.tensorfile import open_tensors
 from bake.io.writeback import Writeback
@@ -64,6 +64,7 @@ def build_plan(
     embeddings: str = "beside",
     rounding: str = "nearest",
     seed: int = 0,
+    allow_nonfinite_base: bool = False,
 ) -> Plan:
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
@@ -73,7 +74,8 @@ def build_plan(
     into. metadata: added to the output's. record: write names, weights and SHA-256 of the inputs into the output.
     embeddings: what becomes of token embeddings that travel in adapters: "beside" (files in OUTPUT.embeddings),
     "add" (to a diffusers folder's tokenizer and text encoder) or "drop". rounding: "nearest", "stochastic" or
-    "fast", see docs/numerics.md. seed: of stochastic rounding.
+    "fast", see docs/numerics.md. seed: of stochastic rounding. allow_nonfinite_base: elements of the base that are
+    NaN or infinite stay as they are in tensors that are computed, instead of being refused.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     return plan_recipe(
@@ -89,6 +91,7 @@ def build_plan(
             embeddings=embeddings,
             rounding=rounding,
             seed=seed,
+            allow_nonfinite_base=allow_nonfinite_base,
         )
     )
 
@@ -288,7 +291,11 @@ def check_output(
     path = Path(output)
     if base is None:
         folders = [*map(Path, search), path.resolve().parent, Path.cwd()]
-        plan = plan_recipe(recipe_from_record(stored_recipe(path), folders, str(path)))
+        recipe = recipe_from_record(stored_recipe(path), folders, str(path))
+        try:
+            plan = plan_recipe(recipe)
+        except UsageError as error:  # nobody typed it
+            raise InputError(f"{path}: its recipe cannot be replayed: {error.message}", path=str(path)) from None
     else:
         plan = build_plan(base, adapters, **what)
     paths = {file.relative: path / file.relative if file.relative else path for file in plan.files}
@@ -304,12 +311,7 @@ def stored_recipe(path: Path) -> dict[str, Any]:
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         text = open_tensors(file).metadata.get(RECIPE_KEY)
         if text is not None:
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}: its {RECIPE_KEY} is not JSON: {error}") from None
-            if isinstance(record, dict):
-                return record
+            return parse_object(text.encode("utf-8", "replace"), f"{path}: its {RECIPE_KEY}", path=str(path))
     raise InputError(
         f"{path} carries no {RECIPE_KEY}: it was not written by bake, or with --no-recipe. "
         f"Name its inputs with --base and -l.",

@@ -22,6 +22,7 @@ from bake.identify.training import training_of
 from bake.io.adapter import AdapterFile, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.io.digest import data_sha256, known_digest
+from bake.io.jsontext import is_deep
 from bake.io.tensorfile import read_number
 from bake.keys.factors import split_key
 from bake.plan.record import RECIPE_KEY
@@ -218,6 +219,7 @@ def _parsed(text: str | None) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        return text
+    return text if is_deep(found) else found

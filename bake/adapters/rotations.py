@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bake.errors import NonFinite
+
 
 def skew(blocks: Tensor) -> Tensor:
     """Return B - B^T of each block: (..., b, b), in the dtype of `blocks`."""
@@ -14,10 +16,14 @@ def skew(blocks: Tensor) -> Tensor:
 def cayley(skewed: Tensor) -> Tensor:
     """Return the rotation (I + Q)(I - Q)^-1 of each skew-symmetric block Q: (..., b, b), dtype kept.
 
-    The two halves commute, and I - Q is never singular. Source: Cayley's transform, arXiv:2306.07280.
+    The two halves commute, and I - Q is never singular, unless Q is so large that I is lost in rounding, or no
+    number: then NonFinite is raised. Source: Cayley's transform, arXiv:2306.07280.
     """
     eye = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device)
-    rotation: Tensor = torch.linalg.solve(eye - skewed, eye + skewed)
+    rotation: Tensor = torch.linalg.solve_ex(eye - skewed, eye + skewed)[0]
+    off = float((rotation @ rotation.transpose(-1, -2) - eye).norm())
+    if not off <= (skewed.numel() * torch.finfo(skewed.dtype).eps) ** 0.5:
+        raise NonFinite(f"a rotation cannot be computed: I - Q is singular (Q has length {float(skewed.norm()):.3g})")
     return rotation
 
 

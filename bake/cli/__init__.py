@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import NoReturn
 import click
 
 from bake import __version__
+from bake.cli.text import printable
 from bake.errors import BakeError, Interrupted, UsageError
 
 # name -> module; `bake --help` lists them in this order
@@ -81,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     arguments: of the command line; None for those of this process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may be no text, and not every console knows all letters
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     for number in _SIGNALS:
@@ -128,7 +133,7 @@ def _refuse(error: BakeError, code: int, as_json: bool) -> NoReturn:
 
         print(json.dumps(error_document(error, code), indent=2, default=str))
     else:
-        print(f"bake: {error.message}", file=sys.stderr)
+        print(f"bake: {printable(error.message, lines=True)}", file=sys.stderr)
     sys.exit(code)
 
 

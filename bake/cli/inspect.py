@@ -198,13 +198,15 @@ def _show_checkpoint(out: Output, found: dict[str, Any]) -> None:
     out.line("parts", ", ".join(f"{name} ({count} tensors)" for name, count in found["components"].items()))
     out.line("holds", _contents(found))
     recipe = found["recipe"]
-    while isinstance(recipe, dict):  # bakes on top of bakes
-        for use in recipe.get("adapters", []):
-            sha256 = use["files"][0]["sha256"]
-            out.line("fused in", f"{use['name']} at {use['weight']:g} (SHA-256 {sha256[:12]}...)")
-        base = recipe.get("base", {})
-        out.line("made of", f"{base.get('name')} by bake {recipe.get('version')}")
-        recipe = base.get("recipe")
+    try:
+        while recipe is not None:  # bakes on top of bakes
+            for use in recipe["adapters"]:
+                sha256 = use["files"][0]["sha256"]
+                out.line("fused in", f"{use['name']} at {use['weight']:g} (SHA-256 {sha256[:12]}...)")
+            out.line("made of", f"{recipe['base']['name']} by bake {recipe['version']}")
+            recipe = recipe["base"].get("recipe")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        out.line("recipe", "the one in the metadata is not as bake writes it")
 
 
 def _contents(found: dict[str, Any]) -> str:

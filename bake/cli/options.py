@@ -187,6 +187,12 @@ recipe_options = stack(
         is_flag=True,
         help="Fuse what matches even if some modules of an adapter have no place in the base.",
     ),
+    click.option(
+        "--allow-nonfinite-base",
+        is_flag=True,
+        help="Elements of the base that are NaN or infinite stay as they are, and no others may become so. Without "
+        "it they are refused in every tensor that is computed; tensors that are only copied are not looked at.",
+    ),
     embeddings_option,
     click.option(
         "--metadata", multiple=True, type=KeyValue(), metavar="KEY=VALUE", help="Add to the output's metadata."

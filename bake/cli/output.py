@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from bake.api import Result, output_bytes
+from bake.cli.text import printable
 from bake.documents import embedding_file, plan_document, report_document, result_document, tensor_counts
 from bake.identify.families import title
 from bake.plan.model import EmbeddingPlan, Plan
@@ -25,14 +25,6 @@ from bake.verify.report import Report
 _WEAK = 0.9  # a survival below this is worth a warning
 _MOST_LINES = 20
 _LABEL = 10
-_CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories
-
-
-def printable(text: str) -> str:
-    """`text` with control characters spelled out: names from a stranger's file must not drive the terminal."""
-    return "".join(
-        char if unicodedata.category(char) not in _CONTROL else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 class Output:
@@ -48,7 +40,7 @@ class Output:
         click.echo(f"{label:<{_LABEL - 1}} {printable(text)}")
 
     def warn(self, text: str) -> None:
-        click.echo(f"warning: {text}", err=True)
+        click.echo(f"warning: {printable(text)}", err=True)
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:

@@ -23,6 +23,7 @@ from bake.plan.recipe import AdapterChoice
 @cast_options
 @click.option("--only", multiple=True, metavar="COMPONENT", help="As for fuse.")
 @click.option("--allow-unmatched", is_flag=True, help="As for fuse.")
+@click.option("--allow-nonfinite-base", is_flag=True, help="As for fuse.")
 @embeddings_option
 @click.option(
     "--search",
@@ -45,6 +46,7 @@ def command(
     seed: int,
     only: Sequence[str],
     allow_unmatched: bool,
+    allow_nonfinite_base: bool,
     embeddings: str,
     search: Sequence[Path],
     full: bool,
@@ -63,7 +65,7 @@ def command(
     """
     out = Output(as_json, quiet, verbose)
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
-    is_asked = adapters or also or only or allow_unmatched or dtypes or embeddings != "beside"
+    is_asked = adapters or also or only or allow_unmatched or allow_nonfinite_base or dtypes or embeddings != "beside"
     if base is None and (is_asked or rounding != "nearest" or seed):
         raise UsageError("adapters and their options need --base too; without it the stored recipe is replayed")
     what = {
@@ -73,6 +75,7 @@ def command(
         "seed": seed,
         "only": only,
         "allow_unmatched": allow_unmatched,
+        "allow_nonfinite_base": allow_nonfinite_base,
         "embeddings": embeddings,
     }
     with out.progress() as progress:

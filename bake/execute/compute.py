@@ -14,7 +14,7 @@ from bake.dtypes import DTYPES
 from bake.errors import InputError, NonFinite
 from bake.execute.chunk import Chunk
 from bake.execute.device import Desk, Device
-from bake.execute.rounding import Rounding, has_nonfinite, settle_wide, take
+from bake.execute.rounding import Rounding, has_nonfinite, put, settle_wide, take
 from bake.io.fileset import FileSet
 from bake.io.payload import read_padded, read_rows, read_tensor
 from bake.keys.factors import as_matrix
@@ -76,11 +76,38 @@ class Work(ABC):
         if raw.numel() == 0:
             return NOTHING
         raw = self.opened(raw, range(chunk.first, chunk.last))
+        if self.plan.keeps_nonfinite and has_nonfinite(raw):
+            return self._fuse_around(raw, out, chunk, desk)
+        return self._fuse_finite(raw, out, chunk, desk)
+
+    def _fuse_finite(self, raw: Tensor, out: Tensor, chunk: Chunk, desk: Desk) -> Survival:
+        """`fuse` where nothing may be NaN or infinite."""
         survival = self._fuse(raw, out, chunk, desk)
         if has_nonfinite(out):
             survival = self._beyond(raw, out, chunk, desk)
         clamped = self._clamped(raw, out, chunk) if out.element_size() == 1 else 0
         return replace(survival, clamped=clamped) if clamped else survival
+
+    def _fuse_around(self, raw: Tensor, out: Tensor, chunk: Chunk, desk: Desk) -> Survival:
+        """`fuse` where the base holds NaN or infinity: these elements stay, if they make no other one so."""
+        broken = ~torch.isfinite(self._values(raw, chunk)).reshape(-1)
+        kept = ~torch.isfinite(widened(raw)).reshape(-1)
+        if bool((broken & ~kept).any()):
+            raise NonFinite(
+                f"{self.plan.name}: NaN or infinity in the base spreads to other elements: the adapter computes each "
+                f"from a whole row or block",
+                tensor=self.plan.name,
+            )
+        places = broken.nonzero().view(-1)
+        stored = take(raw, places)
+        finite = raw.clone()
+        put(finite, places, torch.zeros_like(stored))
+        survival = self._fuse_finite(finite, out, chunk, desk)
+        cast = stored.to(out.dtype)
+        if not torch.equal(cast.to(torch.float64).nan_to_num(), stored.to(torch.float64).nan_to_num()):
+            raise NonFinite(f"{self.plan.name}: the base holds infinity, which {self.plan.dtype} has no number for")
+        put(out, places, cast)
+        return survival
 
     def opened(self, raw: Tensor, rows: range) -> Tensor:
         """The base's values of these rows of the tensor: `raw`, or what scaled layers mean by it, in float64.
@@ -143,7 +170,11 @@ class Work(ABC):
         name, target = self.plan.name, DTYPES[self.plan.dtype]
         if not bool(torch.isfinite(widened(raw)).all()):
             holder = "the adapter's tensor for it" if self.plan.replaced else "the base"
-            raise NonFinite(f"{name}: {holder} holds NaN or infinity, so nothing can be made of it", tensor=name)
+            can_stay = not (self.plan.replaced or self.plan.keeps_nonfinite)
+            advice = ". --allow-nonfinite-base leaves such elements as they are" if can_stay else ""
+            raise NonFinite(
+                f"{name}: {holder} holds NaN or infinity, of which nothing can be made{advice}", tensor=name
+            )
         values = self._values(raw, chunk)
         if bool(torch.isfinite(values).all()):
             raise NonFinite(
@@ -151,7 +182,10 @@ class Work(ABC):
                 f"{target.largest:g}. Lower the weight, or write a wider dtype (--dtype bf16 or fp32).",
                 tensor=name,
             )
-        raise NonFinite(f"{name}: the update is not finite; an adapter holds NaN or infinity", tensor=name)
+        raise NonFinite(
+            f"{name}: the update is not finite: an adapter holds NaN or infinity, or its weight is far too large",
+            tensor=name,
+        )
 
     def load(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         """A whole factor in `dtype`, on the device."""
@@ -203,6 +237,8 @@ class Chained(Work):
             self._chain = Chain(plan.view, plan.terms, self)
         except ValueError as error:
             raise InputError(f"{plan.name}: {error}", tensor=plan.name) from None
+        except NonFinite as refusal:
+            raise NonFinite(f"{plan.name}: {refusal.message}", tensor=plan.name) from None
 
     def whole(self, term: TermLike, name: str) -> Tensor:
         """A factor for the chain."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from bake.errors import FolderError, InputError, UsageError
+from bake.io.files import read_bytes, reading
 from bake.io.header import TensorInfo
+from bake.io.jsontext import is_deep, parse_object, shortened
 from bake.io.tensorfile import TensorFile, open_tensors
 
 Packaging = Literal["file", "stack", "sharded", "diffusers"]
@@ -21,6 +23,8 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 _TRAINING_STATE = {"optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", "training_args.bin"}
 _SKIPPED_FOLDERS = {"__pycache__"}
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_MOST_JSON = 100_000_000  # bytes; the largest tokenizers and shard indexes take a third of it
+_MOST_FILES = 100_000
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -115,6 +119,7 @@ def _open_folder(root: Path) -> Checkpoint:
 
 
 def _open_diffusers(root: Path) -> Checkpoint:
+    read_json_object(root / "model_index.json")  # it is copied; nobody could load the output if it is damaged
     files: list[CheckpointFile] = []
     indexes: list[ShardIndex] = []
     configs: dict[str, dict[str, Any]] = {}
@@ -169,8 +174,8 @@ def _open_shards(folder: Path, index: Path, below: str, group: str) -> tuple[Che
         listed.setdefault(shard, set()).add(name)
     parts = []
     for shard in sorted(listed):
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise FolderError(f"{index}: {shard!r} is not the name of a shard in this folder", path=str(index))
+        if PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):  # knows both slashes, and C:
+            raise FolderError(f"{index}: {shortened(shard)} is not the name of a shard in this folder", path=str(index))
         if not (folder / shard).is_file():
             raise FolderError(f"{index}: the shard {shard} is missing", path=str(index), shard=shard)
         opened = open_tensors(folder / shard)
@@ -182,18 +187,61 @@ def _open_shards(folder: Path, index: Path, below: str, group: str) -> tuple[Che
 
 
 def _side_files(root: Path, taken: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(files to copy, files left out) among everything below `root` that is not `taken`."""
+    """(files to copy, files left out) among everything below `root` that is not `taken`.
+
+    Raises FolderError for a file to copy that is a link to somewhere else: what a stranger's folder points at
+    would become part of the output.
+    """
     side: list[str] = []
     left_out: list[str] = []
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        hidden = any(_is_hidden(part) for part in relative.parts)
-        if not path.is_file() or hidden or relative.as_posix() in taken:
+    homes = _homes(root)
+    for count, path in enumerate(_files_below(root, ())):
+        if count == _MOST_FILES:
+            raise FolderError(f"{root}: more than {_MOST_FILES} files, which is no model's folder", path=str(root))
+        relative = path.relative_to(root).as_posix()
+        if relative in taken:
             continue
         stale = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         kept_out = stale or path.name in _TRAINING_STATE or path.name.startswith("rng_state")
-        (left_out if kept_out else side).append(relative.as_posix())
+        if kept_out or not path.is_file():  # such as a link to nowhere
+            left_out.append(relative)
+            continue
+        target = Path(os.path.realpath(path))
+        if not any(home in target.parents for home in homes):
+            raise FolderError(
+                f"{path}: a link out of the model's folder, to {target}, which would be copied into the output. "
+                f"Put a copy of the file in its place if it belongs to the model.",
+                path=str(path),
+            )
+        side.append(relative)
     return tuple(side), tuple(left_out)
+
+
+def _homes(root: Path) -> list[Path]:
+    """Where the files of `root` may really be: in it, and if it is part of a Hugging Face cache, among its blobs."""
+    real = Path(os.path.realpath(root))
+    return [real, *(place.parent / "blobs" for place in real.parents if place.name == "snapshots")]
+
+
+def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """Everything below `folder` that is no folder, in order, hidden names left out; above: the real paths above it.
+
+    Raises FolderError for a folder that contains itself, or cannot be listed.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        raise FolderError(f"{folder}: a link to a folder above it, which would never end", path=str(folder))
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise FolderError(f"{folder}: cannot be listed: {error.strerror}", path=str(folder)) from None
+    for path in entries:
+        if _is_hidden(path.name):
+            continue
+        if path.is_dir():
+            yield from _files_below(path, (*above, real))
+        else:
+            yield path
 
 
 def _is_hidden(name: str) -> bool:
@@ -201,11 +249,13 @@ def _is_hidden(name: str) -> bool:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises InputError if it is unreadable or something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}", path=str(path)) from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: a JSON object was expected", path=str(path))
+    """The JSON object in `path`; raises InputError if it is unreadable, malformed or something else."""
+    with reading(path) as fd:
+        size = os.fstat(fd).st_size
+        if size > _MOST_JSON:
+            raise InputError(f"{path}: {size} bytes of JSON, more than any model has", path=str(path))
+        text = read_bytes(fd, 0, size, path)
+    found = parse_object(text, f"{path}: it", path=str(path))
+    if is_deep(found):
+        raise InputError(f"{path}: its JSON is nested deeper than any model's", path=str(path))
     return found

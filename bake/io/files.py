@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +22,16 @@ _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno
 
 
 def open_for_reading(path: Path) -> int:
-    """A file descriptor for `path`; raises InputError if it cannot be opened."""
+    """A file descriptor for the regular file `path`; raises InputError if it is none or cannot be opened."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its writer
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}", path=str(path)) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InputError(f"{path}: a regular file was expected, this is a pipe, a device or a folder", path=str(path))
+    return fd
 
 
 def open_for_writing(path: Path) -> int:

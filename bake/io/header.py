@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 from bake.dtypes import DTYPES, RANK, tensor_bytes
 from bake.errors import HeaderError
+from bake.io.jsontext import parse_object, shortened
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library, checked before allocating
 _ALIGNMENT = 8
@@ -78,7 +79,8 @@ def parse_header(text: bytes, file_size: int, path: str) -> Header:
         if info.begin != expected:
             fault = "overlaps its neighbour" if info.begin < expected else "leaves a hole before it"
             raise HeaderError(
-                f"{path}: tensor {name!r} {fault}: it begins at byte {info.begin} of the data, {expected} was due",
+                f"{path}: tensor {shortened(name)} {fault}: it begins at byte {info.begin} of the data, {expected} was "
+                f"due",
                 path=path,
                 tensor=name,
             )
@@ -93,28 +95,9 @@ def parse_header(text: bytes, file_size: int, path: str) -> Header:
 
 
 def _parse_json(text: bytes, path: str) -> dict[str, Any]:
-    def refuse_constant(token: str) -> NoReturn:
-        raise HeaderError(f"{path}: the header holds {token}, which JSON does not know", path=path)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise HeaderError(f"{path}: the header names {twice!r} twice", path=path, name=twice)
-        return found
-
     if not text.startswith(b"{"):
         raise HeaderError(f"{path}: not a safetensors file (the header does not begin with '{{')", path=path)
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
-        if b"\\ud" in text.lower():  # an escaped lone surrogate parses, but no writer could store it
-            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON, giant numbers
-        raise HeaderError(f"{path}: the header is not valid JSON: {error}", path=path) from None
-    if not isinstance(parsed, dict):
-        raise HeaderError(f"{path}: the header is not a JSON object", path=path)
-    return parsed
+    return parse_object(text, f"{path}: the header", HeaderError, constants=False, path=path)
 
 
 def _check_metadata(found: Any, path: str) -> dict[str, str]:
@@ -127,23 +110,23 @@ def _check_metadata(found: Any, path: str) -> dict[str, str]:
 
 def _check_entry(name: str, entry: Any, path: str) -> TensorInfo:
     def refuse(why: str) -> NoReturn:
-        raise HeaderError(f"{path}: tensor {name!r}: {why}", path=path, tensor=name)
+        raise HeaderError(f"{path}: tensor {shortened(name)}: {why}", path=path, tensor=name)
 
     if not isinstance(entry, dict):
         refuse("its entry is not a JSON object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        refuse(f"unknown dtype {dtype!r}")
+        refuse(f"unknown dtype {shortened(dtype)}")
     if not _is_size_list(shape) or len(shape) > _MAX_DIMENSIONS:
-        refuse(f"{_short(shape)} is not a shape")
+        refuse(f"{shortened(shape)} is not a shape")
     if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        refuse(f"{_short(offsets)} is not a pair of offsets")
+        refuse(f"{shortened(offsets)} is not a pair of offsets")
     begin, end = offsets
     elements = math.prod(shape)
     needed = tensor_bytes(dtype, elements) if elements <= _MAX_ELEMENTS else None
     if needed is None or needed != end - begin:
         refuse(
-            f"{dtype} of shape {_short(shape)} takes {needed if needed is not None else 'no whole number of'} "
+            f"{dtype} of shape {shortened(shape)} takes {needed if needed is not None else 'no whole number of'} "
             f"bytes, its offsets span {end - begin}"
         )
     return TensorInfo(dtype, tuple(shape), begin, end)
@@ -151,11 +134,6 @@ def _check_entry(name: str, entry: Any, path: str) -> TensorInfo:
 
 def _is_size_list(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def lay_out(

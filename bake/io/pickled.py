@@ -9,18 +9,22 @@ import bisect
 import pickle
 import re
 import warnings
-import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bake.dtypes import DTYPES
 from bake.errors import InputError, PickleRefused, Unsupported
+from bake.io.announced import check_announced
 from bake.io.header import TensorInfo
+from bake.io.jsontext import shortened
 
 if TYPE_CHECKING:
     import torch
 
 _MAX_DEPTH = 8  # of containers inside containers; real files have two or three
+_FEW_NAMES = 2**20  # characters that the names in a small file may take
+_MAX_BITS = 1024  # of a whole number that is written out
+_TAGS = {row.torch: row.tag for row in DTYPES.values() if row.torch is not None}
 
 
 class PickledFile:
@@ -39,34 +43,54 @@ class PickledFile:
         self.is_list = isinstance(content, (list, tuple))
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
-        values: dict[str, torch.Tensor] = {}
         self.metadata: dict[str, str] = {}
-        self._flatten("", content, values, 0)
         self.tensors: dict[str, TensorInfo] = {}
-        self._values = list(values.values())
+        self._values: list[torch.Tensor] = []
         self._begins: list[int] = []
-        tags = {row.torch: row.tag for row in DTYPES.values() if row.torch is not None}
-        begin = 0
-        for name, tensor in values.items():
-            tag = tags.get(str(tensor.dtype).removeprefix("torch."))
-            if tag is None or tensor.is_quantized or tensor.is_sparse:
-                raise Unsupported(f"{path}: {name!r} is stored as {tensor.dtype}, which bake does not read")
-            end = begin + tensor.numel() * tensor.element_size()
-            self.tensors[name] = TensorInfo(tag, tuple(tensor.shape), begin, end)
-            self._begins.append(begin)
-            begin = end
+        self._end = 0
+        self._copied = 0  # bytes of tensors that had to be laid out anew
+        self._named = 0  # characters of all names
+        self._flatten("", content, 0)
 
-    def _flatten(self, name: str, value: Any, into: dict[str, torch.Tensor], depth: int) -> None:
+    def _flatten(self, name: str, value: Any, depth: int) -> None:
         import torch
 
+        self._named += len(name) + 1
+        if self._named > _MAX_DEPTH * self.size + _FEW_NAMES:  # a container may be in others any number of times
+            self._refuse("its containers hold each other too often")
         if isinstance(value, torch.Tensor):
-            into[name] = value.detach().contiguous()
-        elif isinstance(value, (dict, list, tuple)) and depth < _MAX_DEPTH:
+            self._add(name, value)
+        elif isinstance(value, (dict, list, tuple)):
+            if depth == _MAX_DEPTH:
+                self._refuse(f"containers in containers, more than {_MAX_DEPTH} deep, at {shortened(name)}")
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
-                self._flatten(f"{name}.{key}" if name else str(key), item, into, depth + 1)
+                self._flatten(f"{name}.{_text(key)}" if name else _text(key), item, depth + 1)
         elif isinstance(value, (str, int, float, bool)):
-            self.metadata[name] = str(value)
+            self.metadata[name] = _text(value)
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
+        tag = _TAGS.get(str(tensor.dtype).removeprefix("torch."))
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if tag is None or not is_plain or tensor.is_quantized or tensor.is_neg() or tensor.device.type != "cpu":
+            kind = tensor.dtype if is_plain else type(tensor).__name__
+            raise Unsupported(f"{self.path}: {shortened(name)} is stored as {kind}, which bake does not read")
+        if name in self.tensors or name == "__metadata__" or not _is_text(name):
+            self._refuse(f"{shortened(name)} {'twice' if name in self.tensors else 'as the name of a tensor'}")
+        nbytes = tensor.numel() * tensor.element_size()
+        if not tensor.is_contiguous():
+            self._copied += nbytes
+            if self._copied > self.size:
+                self._refuse(f"{shortened(name)} of shape {list(tensor.shape)} repeats the numbers it is made of")
+        self.tensors[name] = TensorInfo(tag, tuple(tensor.shape), self._end, self._end + nbytes)
+        self._values.append(tensor.detach().contiguous())
+        self._begins.append(self._end)
+        self._end += nbytes
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise InputError(f"{self.path}: not a PyTorch file that bake reads: {why}", path=str(self.path))
 
     def read_into(self, begin: int, buffer: memoryview) -> None:
         import torch
@@ -95,11 +119,9 @@ class PickledFile:
 
 
 def _load(path: Path, size: int) -> Any:
+    is_zip = check_announced(path, size)
     import torch
 
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        _check_zip(path, size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is refused below
@@ -112,21 +134,22 @@ def _load(path: Path, size: int) -> Any:
             path=str(path),
             wanted=wanted[1] if wanted else None,
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, OSError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever the bytes made torch stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable PyTorch file: {reason}", path=str(path)) from None
 
 
-def _check_zip(path: Path, size: int) -> None:
-    """torch stores its records uncompressed; anything that would grow on reading is refused."""
+def _text(value: Any) -> str:
+    """`value` as a name or as metadata; writing out a giant number would take minutes."""
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return f"a number of {value.bit_length()} bits"
+    return str(value)
+
+
+def _is_text(name: str) -> bool:
+    """True unless the name holds half a character, which no header can."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(record.file_size for record in archive.infolist())
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{path}: a damaged zip file: {error}", path=str(path)) from None
-    if unpacked > size:
-        raise PickleRefused(
-            f"{path}: refused: its records unpack to {unpacked} bytes from a file of {size}; "
-            f"PyTorch stores them uncompressed.",
-            path=str(path),
-        )
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -87,6 +87,7 @@ def build_plan(recipe: Recipe) -> Plan:
                 "embeddings": recipe.embeddings,
                 "rounding": recipe.rounding,
                 "seed": recipe.seed,
+                "allow_nonfinite_base": recipe.allow_nonfinite_base,
             },
             record=recipe.record,
             embeddings=embeddings,

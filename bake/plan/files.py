@@ -27,7 +27,9 @@ def plan_files(
     casting: Casting,
 ) -> tuple[FilePlan, ...]:
     """One output file for each file of the base, with the same tensors in the same order where it aligns."""
-    planned = [_plan_tensors(place, part, matching, growth, casting) for place, part in enumerate(checkpoint.files)]
+    planned = [
+        _plan_tensors(recipe, place, part, matching, growth, casting) for place, part in enumerate(checkpoint.files)
+    ]
     # A folder carries the record of its inputs once: in the first file that was changed.
     recorded = next((place for place, tensors in enumerate(planned) if any(t.terms or t.appended for t in tensors)), 0)
     return tuple(
@@ -43,7 +45,7 @@ def plan_files(
 
 
 def _plan_tensors(
-    place: int, part: CheckpointFile, matching: Matching, growth: Growth, casting: Casting
+    recipe: Recipe, place: int, part: CheckpointFile, matching: Matching, growth: Growth, casting: Casting
 ) -> tuple[TensorPlan, ...]:
     stored = part.file.tensors
     # What is added lies in the file of the tensor whose like it is.
@@ -92,6 +94,7 @@ def _plan_tensors(
                 stacked=full in matching.stacks,
                 scale=casting.source_scale(full, place, part),
                 rescaled=casting.rescaling(full, stored[likes[name]]),
+                keeps_nonfinite=recipe.allow_nonfinite_base and full not in matching.replaced,
             )
         )
     return tuple(tensors)

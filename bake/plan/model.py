@@ -91,6 +91,7 @@ class TensorPlan:
     rescaled: Rescaling | None = None  # the values are divided by a new scale before they are rounded
     scale_of: str | None = None  # this is the new scale of that tensor, and is known when that one is
     content: str | None = None  # the bytes themselves, as UTF-8 text; the source only says where they belong
+    keeps_nonfinite: bool = False  # elements of the source that are NaN or infinite stay as they are
 
     @property
     def is_rescaled(self) -> bool:

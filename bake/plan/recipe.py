@@ -55,6 +55,7 @@ class Recipe:
     embeddings: str = "beside"  # one of EMBEDDING_MODES
     rounding: str = "nearest"  # one of ROUNDINGS
     seed: int = 0  # of stochastic rounding
+    allow_nonfinite_base: bool = False  # elements of the base that are NaN or infinite stay as they are
 
     @property
     def dtypes(self) -> Mapping[str, str]:

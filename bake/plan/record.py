@@ -12,6 +12,7 @@ from typing import Any
 
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import FAMILIES
+from bake.io.jsontext import is_deep
 from bake.io.known import Digest
 from bake.plan.model import AdapterUse, FilePlan, Plan
 
@@ -145,7 +146,8 @@ def _stem(name: str) -> str:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()  # a file may have a name that is no text
 
 
 def _parse(text: str | None) -> dict[str, Any] | None:
@@ -156,4 +158,4 @@ def _parse(text: str | None) -> dict[str, Any] | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and not is_deep(found) else None

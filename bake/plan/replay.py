@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from bake.errors import InputError
 from bake.io.adapter import CONFIG
 from bake.io.digest import digest_file
+from bake.io.jsontext import shortened
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.record import RECIPE_SCHEMA
 
+_LONGEST_NAME = 255  # in messages
 _MOST_ENTRIES = 200_000  # looked at below the folders searched
 
 
@@ -37,7 +39,7 @@ class _Library:
 
     def find(self, wanted: dict[str, Any]) -> list[Path]:
         """Files with the recorded size and SHA-256; those with the recorded name first."""
-        name = wanted["name"].rpartition("/")[2]
+        name = _name(wanted).rpartition("/")[2]
         candidates = sorted(set(self._by_size.get(wanted["size"], [])), key=lambda path: (path.name != name, path))
         return [path for path in candidates if self.has(path, wanted)]
 
@@ -71,6 +73,7 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
             embeddings=str(settings["embeddings"]),
             rounding=str(settings.get("rounding", "nearest")),
             seed=int(settings.get("seed", 0)),
+            allow_nonfinite_base=bool(settings.get("allow_nonfinite_base", False)),
         )
     except _NotFound as missing:
         where = ", ".join(str(folder) for folder in folders)
@@ -80,7 +83,7 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
             name=missing.name,
             sha256=missing.sha256,
         ) from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise InputError(f"{source}: its recipe is malformed: {type(error).__name__} {error}") from None
 
 
@@ -92,7 +95,15 @@ def _dtype(recorded: Any) -> str | dict[str, str]:
 
 class _NotFound(Exception):
     def __init__(self, wanted: dict[str, Any]) -> None:
-        self.name, self.sha256 = str(wanted["name"]), str(wanted["sha256"])
+        self.name, self.sha256 = str(wanted["name"])[:_LONGEST_NAME], str(wanted["sha256"])
+
+
+def _name(wanted: dict[str, Any]) -> str:
+    """The recorded name of a file below its folder; raises ValueError for one that leads out of it."""
+    name: str = wanted["name"]
+    if ".." in name.split("/") or PureWindowsPath(name).anchor:
+        raise ValueError(f"the name {shortened(name)} leads out of its folder")
+    return name
 
 
 def _find_base(entry: dict[str, Any], library: _Library) -> tuple[Path, tuple[Path, ...]]:
@@ -106,9 +117,9 @@ def _find_base(entry: dict[str, Any], library: _Library) -> tuple[Path, tuple[Pa
             found.append(candidates[0])
         return found[0], tuple(found[1:])
     for first in library.find(files[0]):
-        depth = files[0]["name"].count("/")
+        depth = _name(files[0]).count("/")
         root = first.parents[depth]
-        if all(library.has(root / wanted["name"], wanted) for wanted in files[1:]):
+        if all(library.has(root / _name(wanted), wanted) for wanted in files[1:]):
             return root, ()
     raise _NotFound({"name": entry["name"], "sha256": files[0]["sha256"]})
 

@@ -131,6 +131,11 @@ def _check_rows(
 ) -> str | None:
     """Count in `report` how near the rows `found` come to `exact / divisors`; what is wrong with them, if anything."""
     tensor, base, first = reference.plan, reference.base_rows(block), block.start * found.shape[1]
+    if tensor.keeps_nonfinite:
+        kept = ~torch.isfinite(base) & ~torch.isfinite(exact)
+        if not torch.equal(found[kept].nan_to_num(), base[kept].nan_to_num()):
+            return f"{tensor.name}: NaN or infinity of the base in rows {block.start} to {block.stop} did not stay"
+        exact, lost, base, found = (values.masked_fill(kept, 0.0) for values in (exact, lost, base, found))
     exact, lost = exact / divisors, lost / divisors
     lowest, highest = (rule.round(exact + side * lost, first) for side in (-1, 1))
     if reference.is_defined:
@@ -224,7 +229,10 @@ class _Reference:
         """(float64 values, bound on what the arithmetic of the run may lose) for some rows."""
         exact = self._chain.rows(block, self.base_rows)
         if not self._is_plain:
-            size = torch.maximum(exact.abs(), self.base_rows(block).abs()).amax(1, keepdim=True)
+            sizes = torch.maximum(exact.abs(), self.base_rows(block).abs())
+            if self.plan.keeps_nonfinite:
+                sizes = sizes.masked_fill(~torch.isfinite(sizes), 0.0)
+            size = sizes.amax(1, keepdim=True)
             return exact, (size * _CHAIN_TOLERANCE).expand_as(exact)
         # roundings an element sees at most: one per product and sum, and those of the factors
         roundings = sum(two[0].shape[1] + 3 for two in self._pairs if two is not None) + 3 * len(self._pairs) + 2
