@@ -18,7 +18,7 @@ from typing import Any
 from bake import __version__
 from bake.errors import BakeError, InputError, OutputExists, OutputRefused, Unsupported
 from bake.inspection import inspect
-from bake.io.adapter import open_adapter
+from bake.io.adapter import has_adapter, open_adapter
 from bake.io.checkpoint import open_checkpoint
 from bake.io.tensorfile import SafetensorsFile, TensorFile, read_number
 from bake.keys.factors import SCALARS, split_key
@@ -145,12 +145,9 @@ def _open_and_describe(path: Path, as_base: bool) -> dict[str, Any] | None:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    try:
-        source = open_adapter(path)
-    except InputError:
-        if not path.is_dir():
-            raise
-        return _describe_checkpoint(path)  # a folder without adapter files
+    if path.is_dir() and not has_adapter(path):
+        return _describe_checkpoint(path)
+    source = open_adapter(path)
     configs = {"": _safe(source.config)} if source.config is not None else {}
     # Names of adapter files in folders are fixed, and decide whether a configuration beside them counts.
     named = path.is_dir() or source.config is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.doctor import diagnose
-from bake.errors import BakeError, InputError, UsageError
+from bake.errors import BakeError, UsageError
 from bake.identify.adapter import Adapter, identify_adapter, is_adapter
 from bake.identify.checkpoint import identify_checkpoint
 from bake.identify.families import title
@@ -19,7 +19,7 @@ from bake.identify.others import kind_of
 from bake.identify.parts import component_of, in_order
 from bake.identify.scaled import quantised, scaled_layers
 from bake.identify.training import training_of
-from bake.io.adapter import AdapterFile, open_adapter
+from bake.io.adapter import AdapterFile, has_adapter, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.io.digest import data_sha256, known_digest
 from bake.io.jsontext import is_deep
@@ -63,12 +63,9 @@ def inspect(
 
 def _adapter_at(path: Path) -> AdapterFile | None:
     """The adapter at `path`, or None if there is something else."""
-    try:
-        source = open_adapter(path)
-    except InputError:
-        if path.is_dir():
-            return None  # a folder without adapter files may be a checkpoint
-        raise
+    if path.is_dir() and not has_adapter(path):
+        return None  # it may be a checkpoint
+    source = open_adapter(path)
     return source if is_adapter(source) else None
 
 

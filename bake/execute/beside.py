@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from bake.errors import NonFinite
 from bake.io.draft import Draft, check_target, refusal_of
 from bake.io.fileset import Expected, FileSet
 from bake.io.header import TensorInfo, build_header, lay_out
@@ -61,7 +62,7 @@ class EmbeddingFiles:
         return {name: draft.path for name, draft in self._drafts.items()}
 
     def write(self) -> None:
-        """Write every file. Raises InputChanged, and the disk's OSError."""
+        """Write every file. Raises NonFinite, InputChanged, and the disk's OSError."""
         files = FileSet([Expected(source.path, source.size, source.modified) for source in self._plan.inputs])
         for embedding in self._plan.embeddings:
             if embedding.file is not None:
@@ -91,9 +92,14 @@ def _header(embedding: EmbeddingPlan) -> bytes:
 
 
 def _content(embedding: EmbeddingPlan, files: FileSet) -> bytes:
-    """The whole file: a few vectors, as they are stored in the adapter."""
+    """The whole file: a few vectors, as they are stored in the adapter. Raises NonFinite if one is no number."""
+    from bake.io.payload import holds_numbers  # brings torch
+
     data = {}
     for vectors in embedding.vectors:
         with files.using(vectors.stored.input) as file:
             data[vectors.key] = read_tensor_bytes(file, vectors.stored.name)
+            finite = holds_numbers(file, vectors.stored.span[0], vectors.stored.dtype, vectors.stored.shape)
+        if not finite:
+            raise NonFinite(f"{vectors.stored.name}: the embedding holds NaN or infinity", tensor=vectors.stored.name)
     return _header(embedding) + b"".join(data[name] for name in _layout(embedding))

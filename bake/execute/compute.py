@@ -173,7 +173,7 @@ class Work(ABC):
             can_stay = not (self.plan.replaced or self.plan.keeps_nonfinite)
             advice = ". --allow-nonfinite-base leaves such elements as they are" if can_stay else ""
             raise NonFinite(
-                f"{name}: {holder} holds NaN or infinity, of which nothing can be made{advice}", tensor=name
+                f"{name}: {holder} holds NaN or infinity, so nothing can be made of it{advice}", tensor=name
             )
         values = self._values(raw, chunk)
         if bool(torch.isfinite(values).all()):

@@ -40,6 +40,11 @@ class AdapterFile:
         return self.path.name if self.path.is_dir() else self.file.path.name
 
 
+def has_adapter(folder: Path) -> bool:
+    """True if the folder has a file that is called like an adapter's."""
+    return any((folder / name).is_file() for name in _FOLDER_FILES)
+
+
 def open_adapter(path: Path) -> AdapterFile:
     """Open the adapter at `path`: its header is read, its weights are not.
 

@@ -1,13 +1,14 @@
-"""What a PyTorch pickle announces, looked at before torch allocates any of it: no name in it is ever looked up.
+"""What a PyTorch pickle announces, looked at before torch is let near it: no name in it is looked up here.
 
-torch's restricted loader runs no code, but it believes what the pickle says about sizes, and its releases differ in
-how they treat archives other than the two usual kinds.
+torch's restricted loader runs no code, but it believes what a pickle says about sizes, makes what its allow-list
+names as often as it is asked to, and its releases differ in how they treat archives other than the two usual kinds.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -15,10 +16,23 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from bake.errors import InputError, PickleRefused
+from bake.io.jsontext import shortened
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles that make up a file before torch 1.6
 _TAR_BLOCK = 512
-_WIDTHS = {  # bytes of an element, by the storage's name
+_CALLED = frozenset(  # what builds tensors and the containers around them, all of it on torch's own list
+    {
+        *("collections.OrderedDict", "collections.Counter", "builtins.set", "_codecs.encode"),
+        *("torch.Size", "torch.device", "torch.serialization._get_layout", "torch.nn.parameter.Parameter"),
+        *("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"),
+        *("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"),
+        *("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_qtensor"),
+        *("torch._utils._rebuild_meta_tensor_no_storage", "torch._tensor._rebuild_from_type_v2"),
+    }
+)
+# What is mentioned beside them: storages, which could be made at any size if they were called, and dtypes.
+_MENTIONED = re.compile(r"torch(\.cuda|\.storage)?\.\w+Storage|torch\.(Tensor|bool|per_\w+|[a-z]+\d\w*)")
+_WIDTHS = {  # bytes of an element, by the storage's name; 1 for all others
     "ComplexDoubleStorage": 16,
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
     **dict.fromkeys(("FloatStorage", "IntStorage", "QInt32Storage"), 4),
@@ -39,6 +53,13 @@ def check_announced(path: Path, size: int) -> bool:
                 return True
             _check_legacy(file, size, path)
             return False
+        except _Wanted as wanted:
+            raise PickleRefused(
+                f"{path}: refused: the pickle asks for {shortened(wanted.name)[1:-1]}, which could run code. "
+                f"Ask its author for a .safetensors file.",
+                path=str(path),
+                wanted=wanted.name,
+            ) from None
         except InputError:
             raise
         except Exception as error:  # whatever the bytes made Python's own readers stumble over
@@ -68,13 +89,18 @@ def _check_zip(file: IO[bytes], size: int, path: Path) -> None:
         pickles = [name for name in records if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise InputError(f"{path}: not a readable PyTorch file: {len(pickles)} records called data.pkl")
-        storages = _Announced(io.BytesIO(archive.read(pickles[0]))).storages()
-    folder = pickles[0].removesuffix("data.pkl") + "data/"
+        folder = pickles[0].removesuffix("data.pkl")
+        outside = next((name for name in records if not name.startswith(folder) or ".." in name.split("/")), None)
+        if outside is not None:
+            raise InputError(f"{path}: not a readable PyTorch file: a record called {shortened(outside)}")
+        storages = _Announced(io.BytesIO(archive.read(pickles[0])), size).storages()
     for key, announced in storages.items():
-        record = records.get(folder + key)
+        record = records.get(f"{folder}data/{key}")
         if record is None or announced > record.file_size:
             held = 0 if record is None else record.file_size
-            raise InputError(f"{path}: truncated: storage {key!r} should take {announced} bytes, it has {held}")
+            raise InputError(
+                f"{path}: truncated: storage {shortened(key)} should take {announced} bytes, it has {held}"
+            )
 
 
 def _check_legacy(file: IO[bytes], size: int, path: Path) -> None:
@@ -87,15 +113,8 @@ def _check_legacy(file: IO[bytes], size: int, path: Path) -> None:
             path=str(path),
         )
     file.seek(0)
-    announced = _Announced(_Bounded(file, size))
+    announced = _Announced(_Bounded(file, size), size)
     if announced.load() != _MAGIC:
-        if announced.names:
-            raise PickleRefused(
-                f"{path}: refused: the pickle asks for {announced.names[0]}, which could run code. "
-                f"Ask its author for a .safetensors file.",
-                path=str(path),
-                wanted=announced.names[0],
-            )
         raise InputError(f"{path}: not a readable PyTorch file: a pickle, but not one of PyTorch's", path=str(path))
     announced.load()
     announced.load()
@@ -125,19 +144,28 @@ class _Bounded:
         return self._file.readline(self._size)
 
 
+class _Wanted(Exception):
+    """The pickle names what is on no list."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 class _Stub:
     """Stands for everything that a pickle names: takes anything, does nothing."""
 
+    reader: ClassVar[_Announced]
+    full_name: ClassVar[str]
+
     def __new__(cls, *arguments: Any) -> _Stub:
+        cls.reader.note_call(cls.full_name, arguments)
         return super().__new__(cls)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
         pass
 
 
@@ -174,23 +202,34 @@ class _Announced(pickle._Unpickler):
         },
     }
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, size: int) -> None:
+        """size: bytes of the whole file."""
         super().__init__(file)
-        self.names: list[str] = []
-        self._sizes: dict[str, int] = {}
+        self._size = size
+        self._passed = 0  # elements of all containers and texts that are passed to calls, which may copy them
+        self._storages: dict[str, int] = {}
 
     def storages(self) -> dict[str, int]:
         """Key -> bytes of each storage that the next pickle mentions."""
         self.load()
-        return self._sizes
+        return self._storages
 
     def find_class(self, module: str, name: str) -> type[_Stub]:
-        self.names.append(f"{module}.{name}")
-        return type(name, (_Stub,), {})
+        full = f"{module}.{name}"
+        if full not in _CALLED and not _MENTIONED.fullmatch(full):
+            raise _Wanted(full)
+        return type(name, (_Stub,), {"reader": self, "full_name": full})
 
-    def persistent_load(self, pid: Any) -> _Stub:
+    def note_call(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Raise UnpicklingError for a call that could allocate more than the file holds."""
+        if name not in _CALLED:
+            raise _Wanted(name)
+        self._passed += sum(len(each) for each in arguments if isinstance(each, (str, bytes, tuple, list, dict)))
+        if self._passed > self._size:
+            raise pickle.UnpicklingError(f"{name} is asked to copy more than there is")
+
+    def persistent_load(self, pid: Any) -> None:
         mark, kind, key, _, count = pid[:5]
         if mark != "storage" or type(key) is not str or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError(f"{mark!r} is not a storage")
-        self._sizes[key] = max(self._sizes.get(key, 0), count * _WIDTHS.get(kind.__name__, 1))
-        return _Stub()
+            raise pickle.UnpicklingError(f"{shortened(str(mark))} is not a storage")
+        self._storages[key] = max(self._storages.get(key, 0), count * _WIDTHS.get(kind.__name__, 1))

@@ -59,3 +59,8 @@ def read_tensor(file: TensorFile, begin: int, tag: str, shape: tuple[int, ...], 
     raw = torch.empty(math.prod(shape) * DTYPES[tag].bits // 8, dtype=torch.uint8)
     file.read_into(begin, raw.numpy().data)
     return view_as(raw, tag, shape).to(dtype)
+
+
+def holds_numbers(file: TensorFile, begin: int, tag: str, shape: tuple[int, ...]) -> bool:
+    """True if no element of a stored tensor is NaN or infinite."""
+    return bool(torch.isfinite(read_tensor(file, begin, tag, shape, torch.float64)).all())

@@ -66,7 +66,7 @@ def parse_prompt(text: str) -> Prompt:
 
 def _tidy(text: str) -> str:
     """The text without the gaps that removed tags leave between commas and words."""
-    return re.sub(r" {2,}", " ", re.sub(r"(\s*,){2,}", ",", text)).strip(" ,\n")
+    return re.sub(r" {2,}", " ", re.sub(r",(?:\s*,)+", ",", text)).strip(" ,\n")
 
 
 def _parse_tag(text: str, inside: str) -> Tag:
@@ -109,9 +109,12 @@ def _number(tag: str, text: str) -> float:
 
 def _whole(tag: str, text: str) -> int:
     try:
-        return int(text)
+        ranks = int(text)
     except ValueError:
-        raise UsageError(f"{tag}: dyn must be a whole number of ranks, not {text!r}") from None
+        ranks = 0
+    if ranks < 1:
+        raise UsageError(f"{tag}: dyn must be a whole number of ranks, at least 1, not {text!r}")
+    return ranks
 
 
 class LoraFolder:
