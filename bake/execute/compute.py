@@ -105,7 +105,10 @@ class Work(ABC):
         survival = self._fuse_finite(finite, out, chunk, desk)
         cast = stored.to(out.dtype)
         if not torch.equal(cast.to(torch.float64).nan_to_num(), stored.to(torch.float64).nan_to_num()):
-            raise NonFinite(f"{self.plan.name}: the base holds infinity, which {self.plan.dtype} has no number for")
+            raise NonFinite(
+                f"{self.plan.name}: the base holds infinity, which {self.plan.dtype} has no number for",
+                tensor=self.plan.name,
+            )
         put(out, places, cast)
         return survival
 
@@ -149,7 +152,7 @@ class Work(ABC):
 
     def _round(self, values: Tensor, raw: Tensor, out: Tensor, chunk: Chunk, desk: Desk) -> Survival:
         """Round the float64 `values` of the chunk into `out`."""
-        update = values[::SAMPLED_ROWS] - raw[::SAMPLED_ROWS]
+        update = values[::SAMPLED_ROWS] - raw[::SAMPLED_ROWS].to(torch.float64)
         if out.element_size() < 4:
             near, other = desk.computed("near", torch.float32, raw.shape), desk.computed("other", out.dtype, raw.shape)
             settle_wide(values, near, self._rounding, out, other, self._flat(chunk))

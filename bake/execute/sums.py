@@ -112,7 +112,7 @@ class Sum(Work):
         values = self._sum(raw, pieces, desk.computed("wide", torch.float64, raw.shape), desk)
         if out.element_size() >= 4:
             return self._round(values, raw, out, chunk, desk)
-        update = values[::SAMPLED_ROWS] - raw[::SAMPLED_ROWS]
+        update = values[::SAMPLED_ROWS] - raw[::SAMPLED_ROWS].to(torch.float64)
         near = desk.computed("near", torch.float32, raw.shape)
         slack = desk.computed("slack", torch.float32, raw.shape)
         near.copy_(values)

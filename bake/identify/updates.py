@@ -71,6 +71,7 @@ class UpdateReader:
         self._without_alpha = 0
         self._total = 0
         self._zero = 0
+        self._rankless = 0
 
     def updates(self, module: str, parameters: Mapping[str, Members]) -> Iterator[Update]:
         """What `module` does; parameters: its tensors by the parameter they are for.
@@ -90,6 +91,8 @@ class UpdateReader:
             yield f"no alpha stored for {self._without_alpha} of {self._total} modules: alpha / rank taken as 1"
         if self._zero:
             yield f"alpha is 0 in {self._zero} of {self._total} modules: they change nothing"
+        if self._rankless:
+            yield f"the rank is 0 in {self._rankless} of {self._total} modules: they change nothing"
 
     def _of_parameter(self, module: str, parameter: str, members: Members) -> Iterator[Update]:
         magnitude = _magnitude_spelling(members)
@@ -134,6 +137,7 @@ class UpdateReader:
         if row.name == "lora" and self._is_stack(module):
             yield Update(parameter, row.name, tensors, (None, None), stacked=True)
             return
+        self._rankless += rank == 0
         scale = self._scale(module, row, members, rank)
         settings = self._settings(module, row, members, scale)
         update = Update(
