@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import FIXTURES, KOHYA_LORA, ROOT, Done, bake, drafts, load, metadata, save
 
@@ -169,17 +170,35 @@ class TestLinks:
 
     def test_a_link_to_a_file_elsewhere_is_refused(self, model: Path, tmp_path: Path) -> None:
         (model / "notes.txt").symlink_to(tmp_path / "secret.txt")
-        self.refused(model, "a link out of the model's folder")
+        self.refused(model, "a link out of its folder")
 
     def test_a_link_to_a_folder_elsewhere_is_refused(self, model: Path, tmp_path: Path) -> None:
         (tmp_path / "private").mkdir()
         shutil.move(tmp_path / "secret.txt", tmp_path / "private")
         (model / "notes").symlink_to(tmp_path / "private")
-        self.refused(model, "a link out of the model's folder")
+        self.refused(model, "a link out of its folder")
 
     def test_a_folder_inside_itself_is_refused(self, model: Path) -> None:
         (model / "again").symlink_to(".")
         self.refused(model, "would never end")
+
+    def test_a_tokenizer_of_an_adapter_stays_in_its_folder_too(self, model: Path, tmp_path: Path) -> None:
+        arrays = load(BASE)
+        vocabulary = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), arrays["model.norm.weight"][None])
+        save(model / "model.safetensors", arrays | vocabulary)
+        (model / "config.json").write_text('{"model_type": "llama", "vocab_size": 1, "tie_word_embeddings": false}')
+        adapter = tmp_path / "adapter"
+        grown = {f"base_model.model.{name}": np.repeat(array, 2, 0) for name, array in vocabulary.items()}
+        save(adapter / "adapter_model.safetensors", load(ADAPTER) | grown)
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "modules_to_save": ["embed_tokens", "lm_head"]}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        (adapter / "tokenizer.json").symlink_to(tmp_path / "secret.txt")
+        done = bake("fuse", model, "-l", adapter, "-o", tmp_path / "out")
+        judge(done, 3, "a link out of its folder")
+        (adapter / "tokenizer.json").unlink()
+        (adapter / "tokenizer.json").write_text("{}")
+        assert bake("fuse", model, "-l", adapter, "-o", tmp_path / "out").code == 0
+        assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
     def test_the_blobs_of_a_hugging_face_cache_are_followed(self, model: Path) -> None:
         blobs = model.parents[2] / "blobs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from bake.errors import InputError, Unsupported
 from bake.identify.patterns import Patterns
+from bake.io.jsontext import parse_object
 from bake.keys.experts import is_targeted
 
 # What PEFT calls a type -> the setting that holds its alpha; None: it has no scale of its own.
@@ -361,12 +361,8 @@ def configs_in_metadata(metadata: Mapping[str, str], path: str) -> dict[str, Pef
     if "lora_adapter_metadata" not in metadata:
         return {}
     source = f"{path}: lora_adapter_metadata"
-    try:
-        flat = json.loads(metadata["lora_adapter_metadata"])
-        parts: dict[str, dict[str, Any]] = {}
-        for key, value in flat.items():
-            component, _, setting = key.rpartition(".")
-            parts.setdefault(component, {})[setting] = value
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{source}: not the JSON object it should be: {error}") from None
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in parse_object(metadata["lora_adapter_metadata"].encode("utf-8", "replace"), source).items():
+        component, _, setting = key.rpartition(".")
+        parts.setdefault(component, {})[setting] = value
     return {component: parse_peft_config(settings, source) for component, settings in parts.items()}

@@ -12,6 +12,7 @@ from bake.errors import InputError
 from bake.identify.quantised import ORIGINAL, Quantised, quantisation_of
 from bake.io.checkpoint import Checkpoint, CheckpointFile
 from bake.io.header import TensorInfo
+from bake.io.jsontext import parse_object
 from bake.io.tensorfile import read_tensor_bytes
 from bake.keys.scaled import FORMATS, GENERATIONS, KNOWN_SETTINGS, LAYERS_KEY, WEIGHT, Generation, is_marker
 
@@ -95,17 +96,7 @@ def _layers_of(part: CheckpointFile) -> Iterator[ScaledLayer | Quantised]:
 
 
 def _settings(part: CheckpointFile, name: str) -> dict[str, Any]:
-    return _object(read_tensor_bytes(part.file, name), f"{part.file.path}: {name!r}")
-
-
-def _object(text: bytes | str, what: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{what} is not a JSON object")
-    return found
+    return parse_object(read_tensor_bytes(part.file, name), f"{part.file.path}: {name!r}")
 
 
 def _kind(weight: TensorInfo, scale: TensorInfo, settings: Mapping[str, Any]) -> str | None:
@@ -138,7 +129,8 @@ def listed_layers(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
     """layer -> its settings, as a file's metadata lists them; raises InputError if that is no such list."""
     if LAYERS_KEY not in metadata:
         return {}
-    layers = _object(metadata[LAYERS_KEY], f"{path}: its metadata's {LAYERS_KEY}").get("layers")
+    text = metadata[LAYERS_KEY].encode("utf-8", "replace")  # a pickle's texts may be none
+    layers = parse_object(text, f"{path}: its metadata's {LAYERS_KEY}").get("layers")
     if not isinstance(layers, dict):
         raise InputError(f"{path}: its metadata's {LAYERS_KEY} lists no layers")
     return layers

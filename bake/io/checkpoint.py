@@ -12,7 +12,7 @@ from typing import Any, Literal
 from bake.errors import FolderError, InputError, UsageError
 from bake.io.files import read_bytes, reading
 from bake.io.header import TensorInfo
-from bake.io.jsontext import is_deep, parse_object, shortened
+from bake.io.jsontext import parse_object, shortened
 from bake.io.tensorfile import TensorFile, open_tensors
 
 Packaging = Literal["file", "stack", "sharded", "diffusers"]
@@ -189,12 +189,10 @@ def _open_shards(folder: Path, index: Path, below: str, group: str) -> tuple[Che
 def _side_files(root: Path, taken: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(files to copy, files left out) among everything below `root` that is not `taken`.
 
-    Raises FolderError for a file to copy that is a link to somewhere else: what a stranger's folder points at
-    would become part of the output.
+    Raises FolderError as `check_stays`, and for folders without end.
     """
     side: list[str] = []
     left_out: list[str] = []
-    homes = _homes(root)
     for count, path in enumerate(_files_below(root, ())):
         if count == _MOST_FILES:
             raise FolderError(f"{root}: more than {_MOST_FILES} files, which is no model's folder", path=str(root))
@@ -206,21 +204,25 @@ def _side_files(root: Path, taken: set[str]) -> tuple[tuple[str, ...], tuple[str
         if kept_out or not path.is_file():  # such as a link to nowhere
             left_out.append(relative)
             continue
-        target = Path(os.path.realpath(path))
-        if not any(home in target.parents for home in homes):
-            raise FolderError(
-                f"{path}: a link out of the model's folder, to {target}, which would be copied into the output. "
-                f"Put a copy of the file in its place if it belongs to the model.",
-                path=str(path),
-            )
+        check_stays(path, root)
         side.append(relative)
     return tuple(side), tuple(left_out)
 
 
-def _homes(root: Path) -> list[Path]:
-    """Where the files of `root` may really be: in it, and if it is part of a Hugging Face cache, among its blobs."""
-    real = Path(os.path.realpath(root))
-    return [real, *(place.parent / "blobs" for place in real.parents if place.name == "snapshots")]
+def check_stays(path: Path, folder: Path) -> None:
+    """Raise FolderError if `path`, a file of `folder` to be copied, is a link to somewhere else.
+
+    What a stranger's folder points at would become part of the output. Links into the blobs of the Hugging Face
+    cache that the folder is part of are how these caches are built.
+    """
+    target, real = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    homes = [real, *(place.parent / "blobs" for place in real.parents if place.name == "snapshots")]
+    if not any(home in target.parents for home in homes):
+        raise FolderError(
+            f"{path}: a link out of its folder, to {target}, which would be copied into the output. "
+            f"Put a copy of the file in its place if it belongs to the model.",
+            path=str(path),
+        )
 
 
 def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
@@ -255,7 +257,4 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if size > _MOST_JSON:
             raise InputError(f"{path}: {size} bytes of JSON, more than any model has", path=str(path))
         text = read_bytes(fd, 0, size, path)
-    found = parse_object(text, f"{path}: it", path=str(path))
-    if is_deep(found):
-        raise InputError(f"{path}: its JSON is nested deeper than any model's", path=str(path))
-    return found
+    return parse_object(text, f"{path}: it", path=str(path))

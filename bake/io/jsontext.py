@@ -18,8 +18,8 @@ def parse_object(
     """The JSON object that `text` holds.
 
     what: whose text it is, for messages. constants: NaN and Infinity count as numbers, as Python writes them.
-    Raises `refusal` (with `details`) for text that is not UTF-8 or not JSON, for anything but an object, and for
-    an object that names something twice or holds half a character, which nobody could write down again.
+    Raises `refusal` (with `details`) for text that is not UTF-8 or not JSON, for anything but an object, for one that
+    names something twice, and for one that nobody could write down again: with half a character, or nested too deep.
     """
 
     def refuse(why: str, **more: Any) -> NoReturn:
@@ -46,6 +46,8 @@ def parse_object(
         refuse(f"is not valid JSON: {error}")
     if not isinstance(found, dict):
         refuse("is not a JSON object")
+    if is_deep(found):
+        refuse("is nested deeper than any writer does it")
     return found
 
 

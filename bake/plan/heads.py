@@ -11,7 +11,7 @@ from bake.errors import ShapeMismatch, Unsupported
 from bake.identify.adapter import Adapter
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.tied import Tie, edited, tied_embeddings, untying_edits, vocabulary_edits
-from bake.io.checkpoint import Checkpoint
+from bake.io.checkpoint import Checkpoint, check_stays
 from bake.io.header import TensorInfo
 from bake.io.tensorfile import TensorFile
 from bake.plan.base import Base
@@ -163,7 +163,9 @@ def _grow(
     source = next(adapter for place, adapter in adapters if place == matching.replaced[min(grown)].input)
     folder = source.source.file.path.parent
     found = [name for name in _TOKENIZER_FILES if (folder / name).is_file()] if source.config is not None else []
-    matching.side_sources.update((name, folder / name) for name in found)
+    for name in found:
+        check_stays(folder / name, folder)
+        matching.side_sources[name] = folder / name
     tokenizer = "its tokenizer files are taken over" if found else "bring the tokenizer that goes with it"
     matching.notes.append(f"{source.source.name}: the vocabulary grows from {before} to {after} rows; {tokenizer}")
     return edited(config, vocabulary_edits(config, before, after))

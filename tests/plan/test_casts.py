@@ -275,5 +275,5 @@ class TestRefusals:
             "blocks.2.mlp.comfy_quant": torch.ones(3).to(torch.uint8),
         }
         base = save_torch(tmp_path / "base.safetensors", stored)
-        with pytest.raises(InputError, match="is not JSON"):
+        with pytest.raises(InputError, match="is not valid JSON"):
             build_plan(base, [lora(tmp_path / "a.safetensors")])
