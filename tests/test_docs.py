@@ -14,10 +14,15 @@ from support import ROOT, bake
 
 from bake.cli import COMMANDS
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "fixtures" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "fixtures" / "README.md",
+]
 
 
-@pytest.mark.parametrize("script", ["gen_docs.py", "make_fixtures.py"])
+@pytest.mark.parametrize("script", ["gen_docs.py", "make_fixtures.py", "make_hostile.py"])
 def test_what_is_generated_is_up_to_date(script: str) -> None:
     finished = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True, cwd=ROOT, check=False
