@@ -365,13 +365,15 @@ def pickles() -> Iterator[Case]:
     yield held("name-reserved", "as the name of a tensor", table({"__metadata__": good}))
     yield held("name-half-a-character", "as the name of a tensor", table({"\ud800": good}))
     yield held(
-        "memo-absurd", "asks for os.system", table({"a": EMPTY_DICT + b"r\xff\xff\xff\x7f", "b": name("os", "system")})
+        "memo-absurd",
+        "asks for 'os.system'",
+        table({"a": EMPTY_DICT + b"r\xff\xff\xff\x7f", "b": name("os", "system")}),
     )
     yield held("length-absurd", "not a readable PyTorch file", b"X\xff\xff\xff\xff")
     yield case("legacy-length-absurd", "not a readable PyTorch file", b"\x80\x04\x8d" + b"\xff" * 7 + b"\x0f")
     yield held("number-too-long", "", table({"a": number(2**40_000)}))
-    yield held("calls-storage", "asks for torch.FloatStorage", call(name("torch", "FloatStorage"), number(2**40)))
-    yield held("calls-bytearray", "asks for builtins.bytearray", call(name("builtins", "bytearray"), number(2**40)))
+    yield held("calls-storage", "asks for 'torch.FloatStorage'", call(name("torch", "FloatStorage"), number(2**40)))
+    yield held("calls-bytearray", "asks for 'builtins.bytearray'", call(name("builtins", "bytearray"), number(2**40)))
     large = table({str(key): NONE for key in range(100)}) + b"q\x01"
     copied = call(name("collections", "OrderedDict"), b"h\x01")
     yield held("copies-copies", "copy more than there is", many(large, *[copied] * 150))

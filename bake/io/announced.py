@@ -55,7 +55,7 @@ def check_announced(path: Path, size: int) -> bool:
             return False
         except _Wanted as wanted:
             raise PickleRefused(
-                f"{path}: refused: the pickle asks for {shortened(wanted.name)[1:-1]}, which could run code. "
+                f"{path}: refused: the pickle asks for {shortened(wanted.name)}, which could run code. "
                 f"Ask its author for a .safetensors file.",
                 path=str(path),
                 wanted=wanted.name,

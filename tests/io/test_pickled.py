@@ -41,6 +41,38 @@ def test_a_state_dict_shows_names_shapes_and_bytes(tmp_path: Path, zipped: bool)
     assert read_tensor_bytes(file, "empty") == b""
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_whatever_torch_saves_of_plain_tensors_is_read(tmp_path: Path, zipped: bool) -> None:
+    shared = torch.arange(12.0)
+    dtypes = (torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+    state = {str(dtype): torch.ones(3).to(dtype) for dtype in dtypes} | {
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "tied": shared,
+        "tied again": shared,
+        "view": shared[3:6],
+        "turned": shared.view(3, 4).T,
+    }
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).state_dict()  # has metadata of its own
+    more = {"steps": [1, 2], "sizes": torch.Size([1, 2]), "counts": collections.Counter("aab"), "none": None}
+    content = {"state": state, "module": module, **more}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    file = open_tensors(tmp_path / "a.pt")
+    for name, tensor in {
+        **{f"state.{n}": t for n, t in state.items()},
+        **{f"module.{n}": t for n, t in module.items()},
+    }.items():
+        stored = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert read_tensor_bytes(file, name) == stored, name
+    assert file.metadata == {
+        "steps.0": "1",
+        "steps.1": "2",
+        "sizes.0": "1",
+        "sizes.1": "2",
+        "counts.a": "2",
+        "counts.b": "1",
+    }
+
+
 def test_a_range_across_several_tensors_is_read(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(4.0), "none": torch.empty(0), "b": torch.arange(4.0, 8.0)}, tmp_path / "a.pt")
     file = open_tensors(tmp_path / "a.pt")
