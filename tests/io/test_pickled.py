@@ -44,7 +44,9 @@ def test_a_state_dict_shows_names_shapes_and_bytes(tmp_path: Path, zipped: bool)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_whatever_torch_saves_of_plain_tensors_is_read(tmp_path: Path, zipped: bool) -> None:
     shared = torch.arange(12.0)
-    dtypes = (torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+    dtypes = (torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.uint8, torch.bool)
+    if zipped:  # torch cannot load what it saves otherwise
+        dtypes += (torch.float8_e4m3fn,)
     state = {str(dtype): torch.ones(3).to(dtype) for dtype in dtypes} | {
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "tied": shared,
