@@ -72,7 +72,7 @@ _CASCADE = re.compile(r"(down|up)_\w+\.(\d+)\.")
 _LAYER = re.compile(r"(?:(.*?)\.)?(?:layers?|h|blocks?|transformer_blocks|resblocks)\.(\d+)(?:\.|$)")
 _TOWERS = (("vis", "V"), ("audio", "A"))  # what the name of a further stack says -> its letter
 _NUMBERED = re.compile(r"([A-Z]+?)(\d{2,})")
-_IN_SEQUENCE = (("IN", "M", "OUT"), ("D", "S"))  # stacks that data goes through one after the other
+_IN_SEQUENCE = (("IN", "M", "OUT"), ("D", "S"), ("NOISE", "CONT", "L"))  # data goes through one after the other
 
 _UNETS = {"ldm unet", "diffusers unet"}
 _MODELS = {"unet", "transformer", "model"}  # components that have blocks of their own in models bake does not know
@@ -223,7 +223,8 @@ def split_number(block: str) -> tuple[str, int | None]:
 def depths(blocks: Iterable[str]) -> dict[str, float]:
     """Numbered block -> how deep it lies in its model, from 0 for the first to 1 for the last.
 
-    Source: mergekit plan.py plan_slice; the two streams of Flux and the sides of a UNet count as one depth.
+    Source: mergekit plan.py plan_slice; the two streams of Flux, the sides of a UNet, and
+    refiners with the layers behind them count as one depth.
     """
     sequences: dict[tuple[str, ...], list[str]] = {}
     for block in order_of(blocks):

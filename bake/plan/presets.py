@@ -27,7 +27,7 @@ def _opposite(values: Values) -> Values:
 
 def _runs(*runs: tuple[float, int]) -> Values:
     """Values that repeat: (value, how often)."""
-    return tuple(value for value, count in runs for _ in range(count))
+    return tuple(float(value) for value, count in runs for _ in range(count))
 
 
 def _smoothstep(u: float) -> float:
