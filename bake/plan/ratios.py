@@ -24,6 +24,8 @@ from bake.keys.modules import split_by_component
 from bake.plan.recipe import is_text_encoder
 from bake.plan.selection import Rule, Selection, Words
 
+_BESIDE = ("VAE", "OTHER")  # what lists of block values have no place for, unless they say so
+
 
 class Ratios:
     """The ratio of every tensor of one base."""
@@ -40,7 +42,7 @@ class Ratios:
         self._blocks = blocks_of(identity.components, names)
         self._scheme = scheme_for(selection.scheme, identity.family)
         self._spelled = self._spellings(names)
-        self._ratios = dict.fromkeys(names, selection.rest)
+        self._ratios = {name: self._start(block) for name, block in self._blocks.items()}
         self._apply_components()
         self._apply_values()
         self._apply_gradients()
@@ -52,6 +54,12 @@ class Ratios:
     def ratio(self, tensor: str) -> float:
         """The ratio of a tensor, by its full name."""
         return self._ratios[tensor]
+
+    def _start(self, block: Block) -> float:
+        """The ratio of what nothing is about."""
+        if self._selection.number is not None:
+            return self._selection.number
+        return 0.0 if self._selection.values and block.name in _BESIDE else 1.0
 
     def _spellings(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """tensor -> the names by which rules may mean it: its own, and for a UNet its name in the original layout."""
@@ -97,7 +105,7 @@ class Ratios:
                 self._ratios[name] = 1.0
             elif home in own:
                 self._ratios[name] = own[home]
-            elif block.name not in ("BASE", "VAE", "OTHER"):
+            elif block.name not in ("BASE", *_BESIDE):
                 self._ratios[name] = unnamed
 
     def _home(self, block: Block) -> str:
@@ -144,7 +152,7 @@ class Ratios:
     @staticmethod
     def _has_depth(block: Block) -> bool:
         """False for text encoders and VAEs beside the model; what is outside its layers counts as the first."""
-        return block.name not in ("BASE", "CLIP", "T5", "TE", "VAE", "OTHER")
+        return block.name not in ("BASE", "CLIP", "T5", "TE", *_BESIDE)
 
     def _about_rule(self, rule: Rule) -> list[str]:
         blocks = self._named_blocks(rule.blocks)

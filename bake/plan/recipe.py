@@ -35,8 +35,7 @@ class AdapterChoice:
     @property
     def is_off(self) -> bool:
         """True if no module of any component has a weight."""
-        off_by_weight = self.weight_for("te1") == 0 and self.weight_for("unet") == 0
-        return off_by_weight or (self.selection is not None and self.selection.is_zero)
+        return self.weight_for("te1") == 0 and self.weight_for("unet") == 0
 
 
 def is_text_encoder(component: str) -> bool:

@@ -76,7 +76,7 @@ class Gradient:
 class Selection:
     """The ratio of every tensor. What comes later here replaces what came before, wherever it says anything."""
 
-    number: float | None = None  # of all that nothing else is about; None: 0 beside `values`, else 1
+    number: float | None = None  # of all that nothing else is about; None: 1, but 0 for what `values` cannot name
     components: tuple[tuple[str, float], ...] = ()  # unet, te (all text encoders), te1, vae, ... -> ratio
     values: tuple[float, ...] = ()  # one for each block, in a list of one of the lengths the family knows
     preset: str = ""  # what `values` are called
@@ -121,19 +121,6 @@ class Selection:
         given += [*self.values, *(ratio for _, ratio in self.components)]
         given += [value for gradient in self.gradients for value in gradient.values]
         return [*given, *(rule.ratio for rule in self.rules), *(named.ratio for named in self.names)]
-
-    @property
-    def rest(self) -> float:
-        """The ratio of all that nothing else is about."""
-        if self.number is not None:
-            return self.number
-        return 0.0 if self.values else 1.0
-
-    @property
-    def is_zero(self) -> bool:
-        """True if no tensor of any model gets anything."""
-        full = self.scheme in ("webui", "kohya") and bool(self.values)  # both leave some tensors at full ratio
-        return not full and not any((self.rest, *self._numbers()))
 
     def __str__(self) -> str:
         """For people: what was asked for, short."""

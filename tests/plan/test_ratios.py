@@ -94,6 +94,16 @@ def test_a_number_beside_a_list_is_for_what_it_cannot_name() -> None:
     assert (found.ratio(TEXT), found.ratio(TIME), found.ratio(ATTENTION)) == (0.25, 1.0, 5.0)
 
 
+def test_a_list_without_base_leaves_text_encoders_as_they_are() -> None:
+    found = ratios(Selection(values=(0.0,) * 25))
+    assert (found.ratio(TEXT), found.ratio(ATTENTION), found.ratio(VAE)) == (1, 0, 0)
+
+
+def test_a_component_of_its_own_number_keeps_it_beside_a_list_that_cannot_name_it() -> None:
+    found = ratios(Selection(values=numbered(17), components=(("vae", 0.5), ("te", 9.0), ("unet", 9.0))))
+    assert (found.ratio(VAE), found.ratio(TEXT), found.ratio(ATTENTION), found.ratio(DOWN)) == (0.5, 1, 4, 0)
+
+
 def test_the_extended_list_of_sdxl_reaches_single_transformer_blocks() -> None:
     found = ratios(Selection(values=numbered(110)), "sdxl")
     names = LISTS["sdxl"][110]

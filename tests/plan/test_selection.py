@@ -120,20 +120,3 @@ def test_json_says_what_was_asked_for_and_nothing_else() -> None:
 def test_json_of_another_kind_is_refused(data: dict) -> None:
     with pytest.raises(UsageError):
         Selection.from_json(data)
-
-
-@pytest.mark.parametrize(
-    ("selection", "is_zero"),
-    [
-        (Selection(), False),
-        (Selection.parse("NONE"), True),
-        (Selection.parse("NONE", scheme="kohya"), False),  # what the list cannot name stays
-        (Selection.parse("NONE", "IN04::1"), False),
-        (Selection.parse("NONE", gradient="0,1"), False),
-        (Selection(number=0.0), True),
-        (Selection(number=0.5, values=PRESETS["NONE"]), False),
-        (Selection.parse(names="*=0"), False),  # known only once the base is
-    ],
-)
-def test_a_selection_of_nothing_is_known_as_such(selection: Selection, is_zero: bool) -> None:
-    assert selection.is_zero == is_zero
