@@ -201,7 +201,8 @@ def _show_checkpoint(out: Output, found: dict[str, Any]) -> None:
     while isinstance(recipe, dict):  # bakes on top of bakes
         for use in recipe.get("adapters", []):
             sha256 = use["files"][0]["sha256"]
-            out.line("fused in", f"{use['name']} at {use['weight']:g} (SHA-256 {sha256[:12]}...)")
+            scaled = ", scaled by block, depth or name" if "selection" in use else ""
+            out.line("fused in", f"{use['name']} at {use['weight']:g}{scaled} (SHA-256 {sha256[:12]}...)")
         base = recipe.get("base", {})
         out.line("made of", f"{base.get('name')} by bake {recipe.get('version')}")
         recipe = base.get("recipe")

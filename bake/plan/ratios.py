@@ -169,7 +169,10 @@ class Ratios:
         return list(filter(is_meant, self._names))
 
     def _about_pattern(self, pattern: str) -> list[str]:
-        fits = re.compile(translate(pattern)).match
+        try:
+            fits = re.compile(translate(pattern)).match
+        except re.error as error:
+            raise UsageError(f"{self._owner}: {pattern!r} is no pattern: {error}") from None
         return [name for name in self._names if any(map(fits, self._spelled[name]))]
 
     def _named_blocks(self, wanted: Words) -> set[str]:

@@ -38,7 +38,7 @@ class Rule:
     ratio: float
 
     def __str__(self) -> str:
-        return f"{self.blocks}:{self.elements}:{self.ratio!r}"
+        return f"{self.blocks}:{self.elements}:{_written(self.ratio)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class NameRule:
     ratio: float
 
     def __str__(self) -> str:
-        return f"{self.pattern}={self.ratio!r}"
+        return f"{self.pattern}={_written(self.ratio)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Gradient:
     filter: str = ""  # part of the name of the tensors it is about; "": all
 
     def __str__(self) -> str:
-        numbers = ",".join(map(repr, self.values))
+        numbers = ",".join(map(_written, self.values))
         return f"{self.filter}={numbers}" if self.filter else numbers
 
     def at(self, depth: float) -> float:
@@ -166,6 +166,11 @@ class Selection:
             rules=tuple(map(_parse_rule, data.get("rules", ()))),
             names=tuple(map(_parse_name_rule, data.get("names", ()))),
         )
+
+
+def _written(value: float) -> str:
+    """A number that reads as the same float64."""
+    return repr(value).removesuffix(".0")
 
 
 def _parts(text: str, separator: str) -> Iterable[str]:

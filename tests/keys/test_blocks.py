@@ -15,7 +15,7 @@ from names import small
 from bake.identify.checkpoint import identify_checkpoint
 from bake.io.checkpoint import Checkpoint
 from bake.keys.blocks import LISTS, SCHEMES, Block, blocks_of, depths, order_of, scheme_for
-from bake.keys.modules import ModuleIndex
+from bake.keys.modules import TABLES, Component, ModuleIndex
 from bake.keys.places import split_parameter
 
 
@@ -85,6 +85,17 @@ def test_both_layouts_have_every_row_in_the_same_block(shared: Path, name: str) 
                 assert here[place.tensor] == there[tensor], (place.tensor, tensor)
                 compared += 1
     assert compared > 0.8 * len([block for block in there.values() if block not in ("VAE", "OTHER")])
+
+
+@pytest.mark.parametrize("naming", TABLES)
+def test_all_spellings_of_a_row_are_in_one_block(naming: str) -> None:
+    component = Component("transformer", "", naming)
+    for spellings in TABLES[naming].rows:
+        paths = [f"{pattern.replace('#', '7')}.weight" for pattern, _ in spellings]
+        found = {block.name for block in blocks_of([component], paths).values()}
+        assert len(found) == 1, paths
+        stack = re.match(r"(?:vace_|double_|single_|joint_)?(?:blocks|layers)\.#", spellings[0].pattern)
+        assert stack is None or found.pop().endswith("07"), paths
 
 
 def kohya_block(module: str) -> str:

@@ -154,6 +154,18 @@ def test_elemental_rules(rules: str, attention: float, resnet: float, text: floa
     assert (found.ratio(ATTENTION), found.ratio(RESNET), found.ratio(TEXT)) == (attention, resnet, text)
 
 
+def test_rules_and_patterns_know_both_names_of_a_diffusers_unet() -> None:
+    """The other layout's names by diffusers' own rule, from the list of one block of every kind."""
+    resnet = {f"down_blocks.1.resnets.0.{leaf}.weight": (4,) for leaf in ("norm1", "conv1", "norm2", "conv2")}
+    names = {"conv_in.weight": (4, 4, 3, 3), "down_blocks.0.resnets.0.conv1.weight": (4,), **resnet}
+    names["down_blocks.0.attentions.0.proj_in.weight"] = (4, 4, 1, 1)
+    names["down_blocks.0.downsamplers.0.conv.weight"] = (4,)
+    checkpoint = checkpoint_of({"unet/": names}, "diffusers")
+    selection = Selection.parse(rules="IN03:in_layers:0.5", names="*.0.out_layers.3.weight=2,*.norm2.*=3")
+    found = Ratios(selection, identify_checkpoint(checkpoint), shapes_of(checkpoint), "style.safetensors")
+    assert [found.ratio(f"unet/{name}") for name in resnet] == [0.5, 0.5, 3, 2]
+
+
 def test_a_rule_replaces_the_value_of_a_list() -> None:
     found = ratios(Selection.parse("NONE", "IN04:attn:0.5,TIME::0.25"))
     assert (found.ratio(ATTENTION), found.ratio(RESNET), found.ratio(TIME)) == (0.5, 0, 0.25)
@@ -206,10 +218,10 @@ def test_a_gradient_over_a_unet_leaves_text_encoders_alone() -> None:
         (Selection(values=numbered(26)), "llama", "Name its blocks in rules, such as 'IN-OUT:attn:0.5', or give"),
         (Selection.parse(rules="IN12::1"), "sd1", "no block 'IN12'; it has BASE, TIME, IN00"),
         (Selection.parse(rules="IN01-IN02-IN03::1"), "sd1", "no block, nor a range"),
-        (Selection.parse(rules="IN04:nose:1"), "sd1", "rule 'IN04:nose:1.0' is about"),
+        (Selection.parse(rules="IN04:nose:1"), "sd1", "rule 'IN04:nose:1' is about"),
         (Selection.parse(rules="L09::1"), "llama", "no block 'L09'; it has IN, L00, L01"),
-        (Selection.parse(gradient="nose=1"), "llama", "gradient 'nose=1.0' is about"),
-        (Selection.parse(gradient="1;mlp=0"), "llama", "gradient 'mlp=0.0' is about"),
+        (Selection.parse(gradient="nose=1"), "llama", "gradient 'nose=1' is about"),
+        (Selection.parse(gradient="1;mlp=0"), "llama", "gradient 'mlp=0' is about"),
         (Selection(components=(("nose", 1.0),)), "sd1", "nose= is no component of the base; it has unet, te1, vae"),
     ],
 )

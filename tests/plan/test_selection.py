@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bake.errors import UsageError
+from bake.errors import Unsupported, UsageError
 from bake.keys.blocks import SCHEMES
 from bake.plan.presets import ALIASES, PRESETS
 from bake.plan.selection import Gradient, NameRule, Rule, Selection, Words
@@ -110,9 +110,9 @@ def test_json_says_what_was_asked_for_and_nothing_else() -> None:
         "values": [1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0],
         "preset": "MIDD",
         "scheme": "kohya",
-        "gradients": ["mlp=0.0,1.0", "0.5"],
+        "gradients": ["mlp=0,1", "0.5"],
         "rules": ["NOT IN05-OUT05:attn proj:0.5"],
-        "names": ["*.bias=0.0"],
+        "names": ["*.bias=0"],
     }
 
 
@@ -120,3 +120,12 @@ def test_json_says_what_was_asked_for_and_nothing_else() -> None:
 def test_json_of_another_kind_is_refused(data: dict) -> None:
     with pytest.raises(UsageError):
         Selection.from_json(data)
+
+
+@given(*[st.text("INOUT0459-: .,;=*[]NTab\n", max_size=12)] * 4)
+def test_any_text_is_understood_or_refused(values: str, rules: str, names: str, gradient: str) -> None:
+    try:
+        selection = Selection.parse(values, rules, names, gradient)
+    except (UsageError, Unsupported):
+        return
+    assert Selection.from_json(selection.to_json()) == selection
