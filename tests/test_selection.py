@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import SD1_MODULES, kohya_lora, llama, lora_factors, peft_lora, random_arrays, save_base, sd1_pair
 from names import small
-from support import bake, load, lora_delta, raw, rounded, save
+from support import KOHYA_LORA, SD1_BASE, bake, load, lora_delta, raw, rounded, save
 
 from bake import build_plan, fuse
 from bake.api import check_output, stored_recipe
@@ -76,6 +76,42 @@ def test_weights_of_components_are_multiplied_too(pair, tmp_path: Path) -> None:
     run(tmp_path / "out.safetensors", base, "-l", f"{lora}:0.5:te=2:lbw={LIST}")
     weights = {name: ratio * (4 if name.startswith("cond") else 1) for name, ratio in BY_HAND.items()}
     check_exact(tmp_path / "out.safetensors", base, deltas, weights, 0.5)
+
+
+def extension(key: str, values: list[float], deep: tuple[list[str], str, float] | None) -> float:
+    """The ratio of a module by sd-webui-lora-block-weight's ratiodealer, from A1111's name for it."""
+    ids = ["BASE", *(f"IN{n:02d}" for n in range(12)), "M00", *(f"OUT{n:02d}" for n in range(12))]
+    marks = ["encoder", *(f"input_blocks_{n}_" for n in range(12)), "middle_block_"]
+    marks += [f"output_blocks_{n}_" for n in range(12)]
+    ratio, block = 1.0, ""
+    for value, name, mark in zip(values, ids, marks, strict=True):
+        if mark in key:
+            ratio, block = value, name
+    if deep is not None and block in deep[0] and deep[1] in key:
+        ratio = deep[2]
+    return ratio
+
+
+DEEP = [*(f"IN{n:02d}" for n in range(5, 12)), "M00", *(f"OUT{n:02d}" for n in range(6))]
+SHORT = (0, 2, 3, 5, 6, 8, 9, 13, *range(17, 26))  # where the 17 values go among the 26
+
+
+@pytest.mark.parametrize("rules", [None, ("ATTNDEEPOFF", (DEEP, "attn", 0.0)), ("PROJDEEPOFF", (DEEP, "proj", 0.0))])
+@pytest.mark.parametrize("preset", ["INALL", "MIDD", "OUTS", "ALL0.5"])
+def test_every_module_of_a_lora_gets_the_ratio_of_the_web_uis_extension(preset: str, rules) -> None:
+    given = Selection.parse(preset).values
+    values = [0.0] * 26
+    for place, value in zip(SHORT, given, strict=True):
+        values[place] = value
+    words = f"{KOHYA_LORA}:0.5:lbw={preset}:blocks=webui" + (f":lbwe={rules[0]}" if rules else "")
+    plan = bake("plan", SD1_BASE, "-l", words, "--json", "-v").json["plan"]
+    everything = bake("plan", SD1_BASE, "-l", KOHYA_LORA, "--json", "-v").json["plan"]
+    found = {tensor["name"]: tensor["terms"] for tensor in plan["files"][0]["tensors"]}
+    touched = [tensor["name"] for tensor in everything["files"][0]["tensors"] if tensor["terms"]]
+    assert len(touched) == 264
+    for name in touched:
+        expected = 0.5 * extension(name.replace(".", "_"), values, rules and rules[1])
+        assert [term["weight"] for term in found[name]] == ([expected] if expected else []), name
 
 
 def test_what_is_switched_off_is_said(pair, tmp_path: Path) -> None:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import translate
 
 from bake.errors import UsageError
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import title
-from bake.keys.blocks import (
-    EXTENDED,
-    FULL,
-    LISTS,
-    Block,
-    blocks_of,
-    depths,
-    order_of,
-    original_names,
-    scheme_for,
-)
+from bake.keys.blocks import EXTENDED, FULL, LISTS, Block, blocks_of, depths, order_of, original_names, scheme_for
 from bake.keys.modules import split_by_component
 from bake.plan.recipe import is_text_encoder
 from bake.plan.selection import Rule, Selection, Words
@@ -41,7 +31,7 @@ class Ratios:
         self._names = names
         self._blocks = blocks_of(identity.components, names)
         self._scheme = scheme_for(selection.scheme, identity.family)
-        self._spelled = self._spellings(names)
+        self._originals = self._original_names()
         self._ratios = {name: self._start(block) for name, block in self._blocks.items()}
         self._apply_components()
         self._apply_values()
@@ -61,15 +51,15 @@ class Ratios:
             return self._selection.number
         return 0.0 if self._selection.values and block.name in _BESIDE else 1.0
 
-    def _spellings(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """tensor -> the names by which rules may mean it: its own, and for a UNet its name in the original layout."""
-        spelled: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
-        for component, owned in split_by_component(self._identity.components, names):
+    def _original_names(self) -> dict[str, str]:
+        """tensor -> its name; of a diffusers UNet that in the original layout, which elements are written in."""
+        originals = {name: name for name in self._names}
+        for component, owned in split_by_component(self._identity.components, self._names):
             if component.naming == "diffusers unet":
                 own = {name[len(component.prefix) :]: name for name in owned}
                 for path, original in original_names(own).items():
-                    spelled[own[path]] = (own[path], f"model.diffusion_model.{original}")
-        return spelled
+                    originals[own[path]] = f"model.diffusion_model.{original}"
+        return originals
 
     def _apply(self, tensors: Collection[str], ratio: float, what: str) -> None:
         if not tensors:
@@ -139,7 +129,7 @@ class Ratios:
             if not self._has_depth(block):
                 continue
             for gradient in gradients:
-                if any(gradient.filter in spelling for spelling in self._spelled[name]):
+                if gradient.filter in self._originals[name]:
                     self._ratios[name] = gradient.at(depth.get(block.name, 0.0))
                     used.add(gradient)
                     break
@@ -163,8 +153,8 @@ class Ratios:
             in_block = not rule.blocks.words or bool(blocks & {block.name, self._home(block)}) != rule.blocks.inverted
             if not in_block or not elements:
                 return in_block
-            spellings = [spelling.replace(".", "_") for spelling in self._spelled[name]]
-            return any(word in spelling for word in elements for spelling in spellings) != rule.elements.inverted
+            original = self._originals[name].replace(".", "_")
+            return any(word in original for word in elements) != rule.elements.inverted
 
         return list(filter(is_meant, self._names))
 
@@ -173,7 +163,7 @@ class Ratios:
             fits = re.compile(translate(pattern)).match
         except re.error as error:
             raise UsageError(f"{self._owner}: {pattern!r} is no pattern: {error}") from None
-        return [name for name in self._names if any(map(fits, self._spelled[name]))]
+        return [name for name in self._names if fits(name) or fits(self._originals[name])]
 
     def _named_blocks(self, wanted: Words) -> set[str]:
         """The blocks that a rule names, ranges written out."""

@@ -154,16 +154,17 @@ def test_elemental_rules(rules: str, attention: float, resnet: float, text: floa
     assert (found.ratio(ATTENTION), found.ratio(RESNET), found.ratio(TEXT)) == (attention, resnet, text)
 
 
-def test_rules_and_patterns_know_both_names_of_a_diffusers_unet() -> None:
-    """The other layout's names by diffusers' own rule, from the list of one block of every kind."""
-    resnet = {f"down_blocks.1.resnets.0.{leaf}.weight": (4,) for leaf in ("norm1", "conv1", "norm2", "conv2")}
+def test_rules_mean_the_same_in_a_diffusers_unet() -> None:
+    """Here time_emb_proj is emb_layers, which PROJDEEPOFF and its like do not mean; patterns may be either's."""
+    leaves = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2")
+    resnet = {f"down_blocks.1.resnets.0.{leaf}.weight": (4,) for leaf in leaves}
     names = {"conv_in.weight": (4, 4, 3, 3), "down_blocks.0.resnets.0.conv1.weight": (4,), **resnet}
     names["down_blocks.0.attentions.0.proj_in.weight"] = (4, 4, 1, 1)
     names["down_blocks.0.downsamplers.0.conv.weight"] = (4,)
     checkpoint = checkpoint_of({"unet/": names}, "diffusers")
-    selection = Selection.parse(rules="IN03:in_layers:0.5", names="*.0.out_layers.3.weight=2,*.norm2.*=3")
+    selection = Selection.parse(rules="IN03:in_layers:0.5,:proj:0", names="*.0.out_layers.3.weight=2,*.norm2.*=3")
     found = Ratios(selection, identify_checkpoint(checkpoint), shapes_of(checkpoint), "style.safetensors")
-    assert [found.ratio(f"unet/{name}") for name in resnet] == [0.5, 0.5, 3, 2]
+    assert [found.ratio(f"unet/{name}") for name in resnet] == [0.5, 0.5, 1, 3, 2]
 
 
 def test_a_rule_replaces_the_value_of_a_list() -> None:
