@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bake.inspection import inspect
     from bake.plan.model import Plan
     from bake.plan.recipe import AdapterChoice
+    from bake.plan.selection import Selection
     from bake.verify.report import Report
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "Report",
     "Result",
+    "Selection",
     "build_plan",
     "check_output",
     "fuse",
@@ -40,6 +42,7 @@ _HOMES = {
     "Plan": "bake.plan.model",
     "Report": "bake.verify.report",
     "Result": "bake.api",
+    "Selection": "bake.plan.selection",
     "build_plan": "bake.api",
     "check_output": "bake.api",
     "fuse": "bake.api",

@@ -69,6 +69,7 @@ def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
                 "weight": use.weight,
                 "te": use.te,
                 "unet": use.unet,
+                "selection": None if use.selection is None else use.selection.to_json(),
                 "dialects": list(use.dialects),
                 "algorithms": list(use.algorithms),
                 "ranks": list(use.ranks),

@@ -2,8 +2,8 @@
 
     python scripts/gen_docs.py [--check]
 
-docs/cli.md is generated whole, from the commands themselves. In README.md and docs/formats.md the
-blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the tables in bake/keys.
+docs/cli.md is generated whole, from the commands themselves. In README.md, docs/formats.md and docs/blocks.md
+the blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the tables in bake/keys and bake/plan.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import click
 from bake import errors
 from bake.cli import COMMANDS
 from bake.identify.families import FAMILIES, Family
+from bake.keys.blocks import EXTENDED, FULL, LISTS, SCHEMES, scheme_for, split_number
 from bake.keys.dialects import PREFIXES, Prefix
 from bake.keys.factors import ALGORITHMS, SCALARS, SUFFIXES, Algorithm, split_key
+from bake.plan.presets import ALIASES, PRESETS
 from bake.plan.recipe import is_text_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,12 +130,68 @@ def exit_codes() -> str:
     return table(("exit code", "meaning", "`error.code` in `--json`"), rows)
 
 
+def block_lists() -> str:
+    """How many values a list may have, and for which blocks."""
+    fitting: dict[tuple[str, ...], list[str]] = {}
+    for family, lists in LISTS.items():
+        for names in lists.values():
+            fitting.setdefault(names, []).append(FAMILIES[family].title)
+    rows = [
+        (str(len(names)), ", ".join(families), _in_short(names))
+        for names, families in sorted(fitting.items(), key=lambda item: len(item[0]))
+    ]
+    return table(("values", "base", "blocks in order"), rows)
+
+
+def _in_short(names: Sequence[str]) -> str:
+    """Names of blocks, with "..." for those between the first and last of a run."""
+    if len(names) == EXTENDED:
+        return f"`{' '.join(names[:5])}` ... `{' '.join(names[-4:])}`, supermerger's names"
+    runs: list[list[str]] = []
+    for name in names:
+        stack, number = split_number(name)
+        if runs and number is not None and split_number(runs[-1][-1]) == (stack, number - 1):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return " ".join(f"`{run[0]}`...`{run[-1]}`" if len(run) > 2 else f"`{' '.join(run)}`" for run in runs)
+
+
+def block_presets() -> str:
+    """The presets by their lengths."""
+    lengths = dict.fromkeys(len(values) for values in PRESETS.values())
+    rows = []
+    for length in sorted(lengths):
+        names = [name for name, values in PRESETS.items() if len(values) == length]
+        also = [name for name, meant in ALIASES.items() if meant in names]
+        rows.append((str(length), " ".join(f"`{name}`" for name in names), " ".join(f"`{name}`" for name in also)))
+    return table(("values", "presets", "also written"), rows)
+
+
+def block_schemes() -> str:
+    """What becomes of tensors outside the blocks, by whose reading."""
+    rows = []
+    for name in SCHEMES:
+        for family in ("sd1", "sdxl"):
+            scheme = scheme_for(name, family)
+            homes = [scheme.homes.get(block, block) for block in ("TIME", "LABEL", "OUT", "VAE", "OTHER")]
+            shown = ["ratio 1" if home == FULL else f"`{home}`" for home in homes]
+            further = "; `IN00`: ratio 1" if scheme.homes.get("IN00") == FULL else ""
+            rows.append((f"`{name}`", FAMILIES[family].title, *shown, f"{scheme.unnamed:g}{further}"))
+    return table(
+        ("`blocks=`", "base", "`TIME`", "`LABEL`", "`OUT`", "`VAE`", "`OTHER`", "blocks without a value"), rows
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "algorithms": algorithms,
     "prefixes": prefixes,
     "families": families,
     "support": support,
     "exit-codes": exit_codes,
+    "block-lists": block_lists,
+    "block-presets": block_presets,
+    "block-schemes": block_schemes,
 }
 
 
@@ -186,7 +244,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if a page is stale")
     check = parser.parse_args().check
     pages = {ROOT / "docs" / "cli.md": command_page()}
-    for path in (ROOT / "README.md", ROOT / "docs" / "formats.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "formats.md", ROOT / "docs" / "blocks.md"):
         pages[path] = fill(path.read_text(encoding="utf-8"))
     for path, content in pages.items():
         if check and (not path.is_file() or path.read_text(encoding="utf-8") != content):

@@ -202,7 +202,8 @@ def _show_checkpoint(out: Output, found: dict[str, Any]) -> None:
         while recipe is not None:  # bakes on top of bakes
             for use in recipe["adapters"]:
                 sha256 = use["files"][0]["sha256"]
-                out.line("fused in", f"{use['name']} at {use['weight']:g} (SHA-256 {sha256[:12]}...)")
+                scaled = ", scaled by block, depth or name" if "selection" in use else ""
+                out.line("fused in", f"{use['name']} at {use['weight']:g}{scaled} (SHA-256 {sha256[:12]}...)")
             out.line("made of", f"{recipe['base']['name']} by bake {recipe['version']}")
             recipe = recipe["base"].get("recipe")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):

@@ -10,11 +10,17 @@ from typing import Any, TypeVar
 import click
 
 from bake.dtypes import OUTPUT_DTYPES
+from bake.errors import Unsupported, UsageError
+from bake.plan.prompt import STEPS
 from bake.plan.recipe import EMBEDDING_MODES, EVERY, ROUNDINGS, AdapterChoice
+from bake.plan.selection import Selection
 from bake.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 _WEIGHT_KEYS = ("te", "unet")
+# What -l calls it -> what Selection.parse does. lbwe= takes the rest of the word.
+_SELECTION_KEYS = {"lbw": "values", "blocks": "scheme", "names": "names", "gradient": "gradient", "lbwe": "rules"}
+_RULES = ":lbwe="
 _DTYPES = ("keep", *OUTPUT_DTYPES)
 
 
@@ -29,15 +35,25 @@ class Weighted(click.ParamType):
         text = str(value)
         weight: float | None = None
         named: dict[str, float] = {}
+        selected: dict[str, str] = {}
+        if not Path(text).exists():
+            text, found, rules = text.partition(_RULES)  # rules have colons of their own, so they come last
+            selected = {"lbwe": rules} if found else {}
         while not Path(text).exists() and ":" in text:
             head, _, last = text.rpartition(":")
-            key, equals, number = last.partition("=")
+            key, equals, setting = last.partition("=")
             if equals:
-                if key not in (*_WEIGHT_KEYS, "dyn"):
-                    self.fail(f"{value}: unknown setting {key}=; known are te=, unet= and dyn=", param, ctx)
-                if key in named:
+                if key in STEPS:
+                    raise Unsupported(f"{value}: {key}= switches a LoRA during sampling; a checkpoint cannot do that")
+                if key not in (*_WEIGHT_KEYS, "dyn", *_SELECTION_KEYS):
+                    known = ", ".join(f"{each}=" for each in (*_WEIGHT_KEYS, "dyn", *_SELECTION_KEYS))
+                    self.fail(f"{value}: unknown setting {key}=; known are {known}", param, ctx)
+                if key in named or key in selected:
                     self.fail(f"{value}: {key}= is given twice", param, ctx)
-                named[key] = self._number(number, value, param, ctx)
+                if key in _SELECTION_KEYS:
+                    selected[key] = setting
+                else:
+                    named[key] = self._number(setting, value, param, ctx)
             elif _is_number(last):
                 if weight is not None:
                     self.fail(f"{value}: two weights; use te= and unet= for different ones", param, ctx)
@@ -49,8 +65,27 @@ class Weighted(click.ParamType):
         if limit is not None and (limit != int(limit) or limit < 1):
             self.fail(f"{value}: dyn= is a whole number of ranks", param, ctx)
         return AdapterChoice(
-            Path(text), 1.0 if weight is None else weight, **named, rank_limit=None if limit is None else int(limit)
+            Path(text),
+            1.0 if weight is None else weight,
+            **named,
+            rank_limit=None if limit is None else int(limit),
+            selection=self._selection(selected, value, param, ctx),
         )
+
+    def _selection(
+        self, selected: dict[str, str], value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Selection | None:
+        if not selected:
+            return None
+        for key, setting in selected.items():
+            if not setting.strip():
+                self.fail(f"{value}: nothing after {key}=", param, ctx)
+        if "blocks" in selected and "lbw" not in selected:
+            self.fail(f"{value}: blocks= says how lbw= is read, and there is no lbw=", param, ctx)
+        try:
+            return Selection.parse(**{_SELECTION_KEYS[key]: setting for key, setting in selected.items()})
+        except UsageError as error:
+            self.fail(f"{value}: {error.message}", param, ctx)
 
     def _number(self, text: str, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if not _is_number(text) or not math.isfinite(float(text)):
@@ -126,7 +161,9 @@ adapter_options = stack(
         multiple=True,
         metavar="LORA[:WEIGHT][:KEY=VALUE]",
         help="Adapter file or folder with its weight (default 1; any sign, 0 leaves it out). te= and unet= set "
-        "the weight of the text encoders and of the rest, dyn= uses only the first ranks. Repeatable.",
+        "the weight of the text encoders and of the rest, dyn= uses only the first ranks. lbw= (block values or a "
+        "preset, read as blocks= says), gradient=, names= and, last, lbwe= scale the weight by block, depth and name: "
+        "docs/blocks.md. Repeatable.",
     ),
     click.option("--prompt", metavar="TEXT", help="Take the LoRAs from a prompt's <lora:name:weight> tags."),
     click.option(

@@ -111,9 +111,8 @@ class Output:
         count = sum(len(file.tensors) for file in plan.files)
         self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {plan.layout} layout, {count} tensors")
         for use in plan.adapters:
-            weights = ", ".join(
-                f"{name} {value:g}" for name, value in (("te", use.te), ("unet", use.unet)) if value is not None
-            )
+            chosen = [f"{name} {value:g}" for name, value in (("te", use.te), ("unet", use.unet)) if value is not None]
+            weights = ", ".join(chosen if use.selection is None else [*chosen, str(use.selection)])
             ranks = f", rank {_ranks(use.ranks)}" if use.ranks else ""
             self.line(
                 "lora",

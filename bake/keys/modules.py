@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -86,7 +86,7 @@ class ModuleIndex:
         """`shapes`: full tensor name -> shape, of the whole base."""
         self.components = components
         self.spellings: dict[str, dict[str, Parameters]] = {}
-        for component, names in _split_by_component(components, shapes):
+        for component, names in split_by_component(components, shapes):
             own: dict[str, Parameters] = {}
             for name in names:
                 module, parameter = split_parameter(name[len(component.prefix) :])
@@ -148,15 +148,13 @@ def _attention(modules: Mapping[str, Parameters]) -> dict[str, Parameters]:
     return found
 
 
-def _split_by_component(
-    components: tuple[Component, ...], shapes: Mapping[str, Shape]
-) -> Iterator[tuple[Component, list[str]]]:
+def split_by_component(components: Sequence[Component], names: Iterable[str]) -> Iterator[tuple[Component, list[str]]]:
     """Each component with its tensor names; a name belongs to the longest prefix it begins with."""
     ordered = sorted(components, key=lambda component: -len(component.prefix))
-    names: dict[str, list[str]] = {component.name: [] for component in components}
-    for name in shapes:
+    owned: dict[str, list[str]] = {component.name: [] for component in components}
+    for name in names:
         owner = next((component for component in ordered if name.startswith(component.prefix)), None)
         if owner is not None:
-            names[owner.name].append(name)
+            owned[owner.name].append(name)
     for component in components:
-        yield component, names[component.name]
+        yield component, owned[component.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -36,10 +37,11 @@ class _Use:
     content: str  # its content key
 
     @property
-    def order(self) -> tuple[str, float, float, int]:
+    def order(self) -> tuple[str, float, float, int, str]:
         """By content: the order on the command line changes no bit."""
         choice = self.choice
-        return self.content, choice.weight_for("te1"), choice.weight_for("unet"), choice.rank_limit or 0
+        selected = "" if choice.selection is None else json.dumps(choice.selection.to_json(), sort_keys=True)
+        return self.content, choice.weight_for("te1"), choice.weight_for("unet"), choice.rank_limit or 0, selected
 
 
 def build_plan(recipe: Recipe) -> Plan:
@@ -156,6 +158,7 @@ def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[In
                 ranks=adapter.ranks,
                 modules=len(adapter.modules),
                 embeddings=adapter.embeddings,
+                selection=choice.selection,
             )
         )
     return tuple(inputs), tuple(adapters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bake.keys.shapes_transforms import magnitude_axis
 from bake.plan.base import Base
 from bake.plan.copies import check_same, is_zero, repeated_projections, repeats_rows
 from bake.plan.model import Coverage, Skipped, Stored, Term, Unmatched
+from bake.plan.ratios import Ratios
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.regions import Misfit, Region, check_parts, fit
 from bake.plan.resolve import Resolver
@@ -90,6 +91,9 @@ class AdapterMatcher:
         shapes = {name: info.shape for name, info in base.tensors.items()}
         self.stacks = Stacks(adapter, base.index, shapes, base.identity.family)
         self.resolved |= {name: found for name, (found, _) in self.stacks.found.items()}
+        selection = choice.selection
+        self.ratios = None if selection is None else Ratios(selection, base.identity, base.tensors, self.name)
+        self.partly_off = 0
 
     def run(self, recipe: Recipe) -> None:
         """Match every module. Raises ShapeMismatch or DuplicateTarget; unmatched modules are only listed."""
@@ -105,6 +109,8 @@ class AdapterMatcher:
                 skipped[component, f"--only {' '.join(recipe.only)}"] += 1
             elif self.choice.weight_for(component) == 0:
                 skipped[component, "its weight is 0"] += 1
+            elif found is not None and self._is_off(module, found):
+                skipped[component, f"switched off by {self.choice.selection}"] += 1
             else:
                 self._place_module(module, component, found)
         for (component, reason), count in sorted(skipped.items()):
@@ -117,8 +123,23 @@ class AdapterMatcher:
             self._refuse_misfits()
         self.into.notes += [*self.resolver.notes, *self._notes()]
 
+    def _ratio(self, tensor: str) -> float:
+        """What the weight is multiplied by at a tensor of the base."""
+        return 1.0 if self.ratios is None else self.ratios.ratio(tensor)
+
+    def _is_off(self, module: Module, found: Found) -> bool:
+        """True if the ratio is 0 everywhere the module goes."""
+        if module.name in self.stacks.found:
+            places = [share.place for share in self.stacks.found[module.name][1]]
+        else:
+            wanted = {update.parameter for update in module.updates}
+            places = [place for name in wanted & found.parameters.keys() for place in found.parameters[name]]
+        return bool(places) and all(self._ratio(place.tensor) == 0 for place in places)
+
     def _notes(self) -> Iterator[str]:
         """What the user should know about how the modules were understood."""
+        if self.partly_off:
+            yield f"{self.name}: {self.partly_off} modules are switched off in part by {self.choice.selection}"
         if self.unsure_axes and not self.has_input_axis:
             yield (
                 f"{self.name}: the DoRA magnitudes of {len(self.unsure_axes)} modules (e.g. {self.unsure_axes[0]}) "
@@ -143,8 +164,8 @@ class AdapterMatcher:
             self._list_unmatched(module, component)
             return
         if module.name in self.stacks.found:
-            for share in self.stacks.found[module.name][1]:
-                self._add(module, self._share_term(module, component, share), share.place)
+            shares = self.stacks.found[module.name][1]
+            self._add_all(module, ((self._share_term(module, component, share), share.place) for share in shares))
             self.into.matched[component] += 1
             return
         updates = [update for update in module.updates if update.parameter in found.parameters or not update.optional]
@@ -155,7 +176,7 @@ class AdapterMatcher:
                 return
         for update in updates:
             for place in found.parameters[update.parameter]:
-                if self._replaces(update, place, found):
+                if self._replaces(update, place, found) and self._ratio(place.tensor) != 0:
                     self._replace(place.tensor, self._stored(update.factors["value"]))
         for update in updates:
             self._pad(update, found)
@@ -170,9 +191,16 @@ class AdapterMatcher:
         except Misfit as misfit:
             self.misfits.append((module, str(misfit)))
             return
-        for term, place in landed:
-            self._add(module, term, place)
+        self._add_all(module, landed)
         self.into.matched[component] += 1
+
+    def _add_all(self, module: Module, landed: Iterable[tuple[Term, Place]]) -> None:
+        """Add the module's terms, but for those at places that are switched off."""
+        landed = list(landed)
+        kept = [(term, place) for term, place in landed if term.weight != 0]
+        self.partly_off += len(kept) < len(landed)
+        for term, place in kept:
+            self._add(module, term, place)
 
     def _replaces(self, update: Update, place: Place, found: Found) -> bool:
         """True if stored values take the place of a whole tensor; of a vocabulary they may be more."""
@@ -201,6 +229,8 @@ class AdapterMatcher:
             grown = (shape[0], max(shape[1], columns or 0)) if rows == shape[0] else ()
         is_larger = len(grown) == len(shape) > 1 and all(new >= old for new, old in zip(grown, shape, strict=True))
         if grown == shape or not is_larger or grown[2:] != shape[2:] or places != (Place(tensor),):
+            return
+        if self._ratio(tensor) == 0:
             return
         self.into.padded[tensor] = grown
         self.into.notes.append(f"{self.name}: {tensor} grows from {list(shape)} to {list(grown)}, filled with zeros")
@@ -283,7 +313,7 @@ class AdapterMatcher:
             decomposition = self._decomposition(module, update, region, self._shape_of(place.tensor))
         plain_lora = update.algorithm == "lora" and not {"mid", "magnitude"} & update.factors.keys()
         return self._on_region(
-            *(module, component, update, region),
+            *(module, component, update, place, region),
             scale=update.scale,
             dora=decomposition,
             settings=self._settings(update, region, self.base.tensors[place.tensor].shape),
@@ -294,14 +324,17 @@ class AdapterMatcher:
     def _share_term(self, module: Module, component: str, share: Share) -> Term:
         (update,) = module.updates
         settings = {"expert": share.expert, "experts": share.experts}
-        return self._on_region(module, component, update, share.region, scale=share.scale, settings=settings)
+        where = (share.place, share.region)
+        return self._on_region(module, component, update, *where, scale=share.scale, settings=settings)
 
-    def _on_region(self, module: Module, component: str, update: Update, region: Region, **rest: Any) -> Term:
+    def _on_region(
+        self, module: Module, component: str, update: Update, place: Place, region: Region, **rest: Any
+    ) -> Term:
         """The term with everything that the region, the adapter and its weight say."""
         return Term(
             algorithm=update.algorithm,
             factors={factor: self._stored(name) for factor, name in sorted(update.factors.items())},
-            weight=self.choice.weight_for(component),
+            weight=self.choice.weight_for(component) * self._ratio(place.tensor),
             rows=region.rows,
             columns=region.columns,
             part=region.part,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bake.keys.factors import Decomposition, as_matrix
+from bake.plan.selection import Selection
 
 SCHEMA = 1
 
@@ -51,7 +52,7 @@ class Term:
     algorithm: str  # a row of bake.keys.factors.ALGORITHMS
     factors: dict[str, Stored]
     scale: float  # alpha / rank; unitless
-    weight: float  # what the user typed, for this component
+    weight: float  # what the user typed, for this component and tensor
     rows: tuple[int, int]  # [first, past the last) row of the tensor seen as a matrix
     columns: tuple[int, int]
     part: tuple[int, int]  # the rows of the update, oriented as the tensor is, that go there
@@ -183,6 +184,7 @@ class AdapterUse:
     ranks: tuple[int, ...]
     modules: int
     embeddings: tuple[str, ...] = ()
+    selection: Selection | None = None  # what the weights are multiplied by, tensor by tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """AUTOMATIC1111's `<lora:name:weight>` tags, and finding the files they mean.
 
-Source: AUTOMATIC1111 modules/extra_networks.py and extensions-builtin/Lora/extra_networks_lora.py.
+Source: AUTOMATIC1111 modules/extra_networks.py and extensions-builtin/Lora/extra_networks_lora.py; for block weights
+sd-webui-lora-block-weight scripts/lora_block_weight.py loradealer.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from pathlib import Path
 
 from bake.errors import AdapterNotFound, BakeError, Unsupported, UsageError
 from bake.io.tensorfile import open_tensors
+from bake.plan.presets import PRESETS
 from bake.plan.recipe import AdapterChoice
+from bake.plan.selection import Selection
 
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 _LORA_KINDS = ("lora", "lyco")
 _SUFFIXES = (".safetensors", ".pt", ".ckpt")
-_BLOCK_WEIGHTS = ("lbw", "lbwe", "w", "x")
-_STEPS = ("start", "stop", "step")
+_BLOCK_WEIGHTS = ("lbw", "w")  # sd-webui-lora-block-weight knows both
+STEPS = ("start", "stop", "step")
+_KNOWN = ("te", "unet", "dyn", *_BLOCK_WEIGHTS, "lbwe", "blocks")
 _MOST_SUGGESTIONS = 3
 
 
@@ -33,6 +37,7 @@ class Tag:
     te: float
     unet: float
     rank_limit: int | None
+    selection: Selection | None  # block weights
     text: str  # as written
 
 
@@ -80,12 +85,12 @@ def _parse_tag(text: str, inside: str) -> Tag:
         else:
             positional.append(item)
     for key in named:
-        if key in _STEPS:
+        if key in STEPS:
             raise Unsupported(f"{text}: {key}= switches a LoRA during sampling, which a fused checkpoint cannot do")
-        if key in _BLOCK_WEIGHTS:
-            raise Unsupported(f"{text}: block weights ({key}=) are not supported by this version of bake")
-        if key not in ("te", "unet", "dyn"):
-            raise UsageError(f"{text}: unknown setting {key}=; known are te, unet and dyn")
+        if key == "x":
+            raise Unsupported(f"{text}: x= is for plots of block weights; write the values into lbw= themselves")
+        if key not in _KNOWN:
+            raise UsageError(f"{text}: unknown setting {key}=; known are {', '.join(_KNOWN)}")
     if not positional:
         raise UsageError(f"{text}: no name in it")
     if len(positional) > 4:
@@ -94,14 +99,30 @@ def _parse_tag(text: str, inside: str) -> Tag:
     te = _number(text, named.get("te", numbers[0] or "1"))
     unet = _number(text, named["unet"]) if "unet" in named else _number(text, numbers[1]) if numbers[1] else te
     limit = named.get("dyn", numbers[2])
-    return Tag(positional[0], te, unet, _whole(text, limit) if limit else None, text)
+    return Tag(positional[0], te, unet, _whole(text, limit) if limit else None, _selection(text, named), text)
+
+
+def _selection(tag: str, named: dict[str, str]) -> Selection | None:
+    """What lbw= (or w=), lbwe= and blocks= say; None where there is none of them."""
+    given = [named[key] for key in _BLOCK_WEIGHTS if key in named]
+    if len(given) > 1:
+        raise UsageError(f"{tag}: lbw= and w= are the same; give one of them")
+    if not given and "lbwe" not in named:
+        if "blocks" in named:
+            raise UsageError(f"{tag}: blocks= says how lbw= is read, and there is no lbw=")
+        return None
+    try:
+        return Selection.parse("".join(given), rules=named.get("lbwe", ""), scheme=named.get("blocks", "bake"))
+    except UsageError as error:
+        raise UsageError(f"{tag}: {error.message}") from None
 
 
 def _number(tag: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise UsageError(f"{tag}: {text!r} is not a number") from None
+        hint = f"; block weights are written lbw={text}" if text in PRESETS or "," in text else ""
+        raise UsageError(f"{tag}: {text!r} is not a number{hint}") from None
     if not math.isfinite(value):
         raise UsageError(f"{tag}: {text!r} is not a finite number")
     return value
@@ -206,7 +227,11 @@ def choices_from_prompt(prompt: Prompt, folder: LoraFolder) -> tuple[AdapterChoi
     """The adapters that the prompt's tags mean, in its order; a LoRA named twice adds up."""
     return tuple(
         AdapterChoice(
-            folder.find(tag.name), tag.te, unet=None if tag.unet == tag.te else tag.unet, rank_limit=tag.rank_limit
+            folder.find(tag.name),
+            tag.te,
+            unet=None if tag.unet == tag.te else tag.unet,
+            rank_limit=tag.rank_limit,
+            selection=tag.selection,
         )
         for tag in prompt.tags
     )

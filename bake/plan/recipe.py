@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bake.plan.selection import Selection
+
 EVERY = "all"  # stands for every component in a mapping of dtypes
 # "fast" is to nearest without recomputing in float64 what float32 cannot decide.
 ROUNDINGS = ("nearest", "stochastic", "fast")
@@ -23,6 +25,7 @@ class AdapterChoice:
     te: float | None = None  # for the text encoders; None: as `weight`
     unet: float | None = None  # for everything else; None: as `weight`
     rank_limit: int | None = None  # A1111's dyn: use only the first ranks of LoRA factors
+    selection: Selection | None = None  # what the weight is multiplied by, tensor by tensor; None: 1 everywhere
 
     def weight_for(self, component: str) -> float:
         """The weight that counts for modules of `component`."""

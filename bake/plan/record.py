@@ -105,6 +105,8 @@ def _weights(use: AdapterUse) -> dict[str, Any]:
     for name, value in (("te", use.te), ("unet", use.unet), ("dyn", use.rank_limit)):
         if value is not None:
             chosen[name] = value
+    if use.selection is not None:
+        chosen["selection"] = use.selection.to_json()
     return chosen
 
 

@@ -45,7 +45,9 @@ def refuse_unmatched(identity: BaseIdentity, matching: Matching, allowed: bool, 
     total, matched = sum(matching.total.values()), sum(matching.matched.values())
     if matched and (allowed or not matching.unmatched):
         return
-    lines = [f"{len(matching.unmatched)} of {total} adapter modules have no place in the base:"]
+    lines = ["Every adapter module is left out:"]
+    if total:
+        lines = [f"{len(matching.unmatched)} of {total} adapter modules have no place in the base:"]
     for part in matching.skipped:
         lines.append(f"  {part.modules} of {part.component} ({part.adapter}) left out: {part.reason}")
     for entry in matching.unmatched[:_LISTED]:

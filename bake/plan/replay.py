@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from bake.errors import InputError
+from bake.errors import InputError, UsageError
 from bake.io.adapter import CONFIG
 from bake.io.digest import digest_file
 from bake.io.jsontext import shortened
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.record import RECIPE_SCHEMA
+from bake.plan.selection import Selection
 
 _LONGEST_NAME = 255  # in messages
 _MOST_ENTRIES = 200_000  # looked at below the folders searched
@@ -83,7 +84,7 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
             name=missing.name,
             sha256=missing.sha256,
         ) from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, UsageError) as error:
         raise InputError(f"{source}: its recipe is malformed: {type(error).__name__} {error}") from None
 
 
@@ -129,11 +130,13 @@ def _find_adapter(entry: dict[str, Any], library: _Library) -> AdapterChoice:
     for path in library.find(weights):
         if all(library.has(path.parent / CONFIG, wanted) for wanted in config):
             te, unet, limit = entry.get("te"), entry.get("unet"), entry.get("dyn")
+            selected = entry.get("selection")
             return AdapterChoice(
                 path=path,
                 weight=float(entry["weight"]),
                 te=None if te is None else float(te),
                 unet=None if unet is None else float(unet),
                 rank_limit=None if limit is None else int(limit),
+                selection=None if selected is None else Selection.from_json(selected),
             )
     raise _NotFound(weights)

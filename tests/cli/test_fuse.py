@@ -124,7 +124,7 @@ class TestExitCodes:
         self.refuse(tmp_path, 2, base, says="nothing to fuse")
         self.refuse(tmp_path, 2, base, "-l", f"{lora}:0.5:0.6", says="two weights")
         self.refuse(tmp_path, 2, base, "-l", f"{lora}:nan", says="finite")
-        self.refuse(tmp_path, 2, base, "-l", f"{lora}:lbw=MIDD", says="unknown setting lbw=")
+        self.refuse(tmp_path, 2, base, "-l", f"{lora}:lbx=MIDD", says="unknown setting lbx=")
         self.refuse(tmp_path, 2, base, "-l", lora, "--no-such-option", says="No such option")
         self.refuse(tmp_path, 2, base, "-l", lora, "--dtype", "fp12")
         self.refuse(tmp_path, 2, base, "-l", lora, "--device", "cuda:77", says="--device cuda:77")

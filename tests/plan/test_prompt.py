@@ -11,6 +11,7 @@ from support import save
 from bake.errors import AdapterNotFound, Unsupported, UsageError
 from bake.plan.prompt import LoraFolder, choices_from_prompt, parse_prompt
 from bake.plan.recipe import AdapterChoice
+from bake.plan.selection import Selection
 
 
 def tag(text: str):
@@ -78,9 +79,53 @@ def test_malformed_tags_are_usage_errors(text: str) -> None:
         parse_prompt(text)
 
 
-@pytest.mark.parametrize("text", ["<lora:a:1:lbw=MIDD>", "<lora:a:1:start=5>", "<lora:a:1:step=1-5>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<lora:a:1:start=5>",
+        "<lora:a:1:stop=5>",
+        "<lora:a:1:step=1-5>",
+        "<lora:a:1:lbw=R,0,0>",
+        "<lora:a:1:lbw=XYZ:x=2>",
+    ],
+)
 def test_what_cannot_be_baked_is_not_ignored(text: str) -> None:
     with pytest.raises(Unsupported):
+        parse_prompt(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "te", "unet", "selection"),
+    [
+        ("<lora:a:0.8:lbw=OUTD>", 0.8, 0.8, Selection.parse("OUTD")),
+        ("<lora:a:0.8:w=OUTD>", 0.8, 0.8, Selection.parse("OUTD")),
+        ("<lora:a:0.8:0.5:lbw=1,0,0.5,0,0,0,0,0,0,0,0,0>", 0.8, 0.5, Selection.parse("1,0,0.5,0,0,0,0,0,0,0,0,0")),
+        ("<lora:a:te=0.3:unet=0.4:lbw=MIDD>", 0.3, 0.4, Selection.parse("MIDD")),
+        ("<lora:a:1:lbwe=ATTNDEEPOFF>", 1.0, 1.0, Selection.parse(rules="IN05-OUT05:attn:0")),
+        ("<lora:a:1:lbw=ALL:lbwe=ATTNDEEPOFF>", 1.0, 1.0, Selection.parse("ALL", "IN05-OUT05:attn:0")),
+        ("<lora:a:1:lbw=ALL:blocks=kohya>", 1.0, 1.0, Selection.parse("ALL", scheme="kohya")),
+    ],
+)
+def test_block_weights_are_read_as_the_extension_reads_them(
+    text: str, te: float, unet: float, selection: Selection
+) -> None:
+    found = tag(text)
+    assert (found.te, found.unet, found.selection) == (te, unet, selection)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<lora:a:1:OUTD>", "written lbw=OUTD"),
+        ("<lora:a:1:lbw=OUTSIDE>", "'OUTSIDE' is no preset"),
+        ("<lora:a:1:lbw=OUTD:w=MIDD>", "the same"),
+        ("<lora:a:1:lbwe=NOTHING>", "is not BLOCKS:ELEMENTS:RATIO"),
+        ("<lora:a:1:blocks=kohya>", "there is no lbw="),
+        ("<lora:a:1:lbw=ALL:blocks=nobody>", "no reading of block lists"),
+    ],
+)
+def test_block_weights_that_mean_nothing_are_usage_errors(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
         parse_prompt(text)
 
 
