@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from bake.draws import key_of
 from bake.dtypes import DTYPES
 from bake.io.arrays import read_array
 from bake.io.fileset import FileSet
@@ -77,8 +76,11 @@ def check_tensors(
 
 def _rule_of(plan: Plan, tensor: TensorPlan) -> Rule:
     """How the elements of a tensor of `plan` are rounded."""
-    key = key_of(plan.seed, tensor.name) if plan.rounding == "stochastic" else None
-    return Rule(tensor.dtype, key, plan.rounding == "fast")
+    if plan.rounding != "stochastic":
+        return Rule(tensor.dtype, None, plan.rounding == "fast")
+    from bake.draws import key_of  # brings torch
+
+    return Rule(tensor.dtype, key_of(plan.seed, tensor.name))
 
 
 def _check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, files: FileSet, rule: Rule) -> Report:
