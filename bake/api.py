@@ -13,7 +13,8 @@ from typing import Any, Literal
 from bake import __version__
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
-from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute, outgrows_memory
+from bake.execute.engine import Execution, outgrows_memory
+from bake.execute.task import DEFAULT_MEMORY, Options, Target
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft, check_target, refusal_of
 from bake.io.files import open_for_writing, write_at
@@ -158,19 +159,21 @@ def run_plan(
     sizes = {file.relative: len(headers[file.relative]) + _data_bytes(file) for file in plan.files}
     place = check_output_path(plan, output, overwrite=overwrite)
     with Draft(place, sizes) as draft, EmbeddingFiles(plan, embeddings_folder(Path(output))) as beside:
-        digests = BackgroundDigests([source.path for source in plan.inputs] if plan.record else [])
+        targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
         try:
-            targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
-            with Writeback([target.path for target in targets.values()], forget=outgrows_memory(plan)):
-                measured = execute(plan, targets, Options(device, memory, threads), progress)
+            # The execution comes first: it may copy this process, which threads forbid.
+            with (
+                Execution(plan, targets, Options(device, memory, threads), progress) as execution,
+                BackgroundDigests([source.path for source in plan.inputs] if plan.record else []) as digests,
+                Writeback([target.path for target in targets.values()], forget=outgrows_memory(plan)),
+            ):
+                measured = execution.run()
                 _write_side_files(plan, draft)
                 _write_headers(plan, targets, digests.result())
                 beside.write()
                 report = _verified(plan, targets, verify, beside, output, progress)
         except OSError as error:
             raise refusal_of(error, place) from None
-        finally:
-            digests.cancel()
         beside.publish()  # first: where the output is, they are
         draft.publish()
     return Result(

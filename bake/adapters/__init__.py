@@ -6,7 +6,7 @@ tables, and a contract test holds them together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -74,10 +74,3 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "boft-peft": boft_peft.Transform,
     "hra": hra.Transform,
 }
-
-
-def is_plain(algorithm: str, factors: Collection[str]) -> bool:
-    """True for updates that are summed in float32 with a known bound on its error: products of thin
-    matrices and stored differences, without a DoRA magnitude around them. Everything else is float64.
-    """
-    return (algorithm in LOW_RANK or STORED.get(algorithm) is full.updated) and "magnitude" not in factors

@@ -1,13 +1,14 @@
-"""Runs a plan: the kernel copies what is untouched while torch is imported and the rest is computed."""
+"""Runs a plan: the kernel copies what is untouched while the rest is computed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from types import TracebackType
 
-from bake.execute.team import Team
+from bake.execute.plain.pipeline import PlainRun, suits
+from bake.execute.survival import NOTHING, Survival
+from bake.execute.task import Measured, Options, Target, Task
 from bake.garbage import without_collecting
 from bake.io.files import copy_range, open_for_writing, write_at
 from bake.io.fileset import Expected, FileSet
@@ -15,47 +16,7 @@ from bake.io.tensorfile import TensorFile
 from bake.plan.model import FilePlan, Plan
 from bake.progress import Progress
 
-DEFAULT_MEMORY = 512 * 1024 * 1024
 _COPY_BUFFER = 4 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to run; none of it changes what is written."""
-
-    device: str = "auto"
-    memory: int = DEFAULT_MEMORY  # bytes for the workers' buffers
-    threads: int | None = None  # that compute; None: one per core, at most 8
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One output file being written."""
-
-    path: Path  # of the draft
-    data_start: int  # byte at which its data section begins
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What was seen of the numbers while they were written."""
-
-    survival: dict[str, float] = field(default_factory=dict)  # component -> share of the update left after rounding
-    # component -> tensor -> elements beyond the largest 8-bit number, which is written in their place
-    clamped: dict[str, dict[str, int]] = field(default_factory=dict)
-
-
-@dataclass
-class Task:
-    """What the threads of one run share."""
-
-    plan: Plan
-    targets: Mapping[str, Target]  # by the output file's relative path
-    files: FileSet
-    options: Options
-    progress: Progress
-    forgets: bool  # what was read shall not stay in memory
-    team: Team = field(default_factory=Team)
 
 
 def outgrows_memory(plan: Plan) -> bool:
@@ -67,29 +28,69 @@ def outgrows_memory(plan: Plan) -> bool:
     return sum(source.size for source in plan.inputs) + plan.data_bytes > memory
 
 
-def execute(plan: Plan, targets: Mapping[str, Target], options: Options, progress: Progress) -> Measured:
-    """Write the data section of every file of `plan`; return what survived of the updates, and what was clamped.
+class Execution:
+    """The run of a plan. Its workers may be copies of this process, which must not have threads when it begins.
 
-    Raises NonFinite, InputError, UsageError for a device that is not there, and the disk's OSError.
-    Whatever is raised, all threads have ended.
+    Leaving the block ends them.
     """
-    files = FileSet([Expected(source.path, source.size, source.modified) for source in plan.inputs])
-    task = Task(plan, targets, files, options, progress, outgrows_memory(plan))
-    progress.start("fusing", plan.data_bytes)
-    task.team.start("copier", lambda: _copy_untouched(task))
-    measured = Measured()
-    try:
-        if any(not (tensor.is_copy or tensor.is_given) for _, tensor in plan.tensors()):
-            with without_collecting():
-                from bake.execute.pipeline import Pipeline  # brings torch
 
-            measured = Pipeline(task).run()
-    except BaseException as error:
-        task.team.stop(error)
-    task.team.join()
-    files.check_unchanged()
-    progress.finish()
-    return measured
+    def __init__(self, plan: Plan, targets: Mapping[str, Target], options: Options, progress: Progress) -> None:
+        """Begin, if that does not need torch. Raises InputError for a file that is no longer what was planned."""
+        files = FileSet([Expected(source.path, source.size, source.modified) for source in plan.inputs])
+        self._task = Task(plan, targets, files, options, progress, outgrows_memory(plan))
+        self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
+        self._plain = PlainRun(self._task) if self._computes and suits(plan, options.device) else None
+
+    def run(self) -> Measured:
+        """Write the data section of every file; return what survived of the updates, and what was clamped.
+
+        Raises NonFinite, InputError, UsageError for a device that is not there, and the disk's OSError.
+        Whatever is raised, nobody is at work any more.
+        """
+        task = self._task
+        task.progress.start("fusing", task.plan.data_bytes)
+        task.team.start("copier", lambda: _copy_untouched(task))
+        found: list[tuple[str, Survival]] = []
+        left: set[tuple[str, str]] | None = None  # tensors (file, name) that need torch; None: all
+        clamped: dict[str, dict[str, int]] = {}
+        try:
+            if self._plain is not None:
+                found, left = self._plain.join()
+            if self._computes and (left is None or left):
+                with without_collecting():
+                    from bake.execute.pipeline import Pipeline  # brings torch
+
+                more, clamped = Pipeline(task, left).run()
+                found += more
+        except BaseException as error:
+            task.team.stop(error)
+            self.stop()
+        task.team.join()
+        task.files.check_unchanged()
+        task.progress.finish()
+        return Measured(_shares(found, task.plan.rounding == "stochastic"), clamped)
+
+    def stop(self) -> None:
+        """End the workers that are processes, if they have not ended."""
+        if self._plain is not None:
+            self._plain.stop()
+
+    def __enter__(self) -> Execution:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _shares(found: list[tuple[str, Survival]], by_chance: bool) -> dict[str, float]:
+    """What survived of the updates of each component. by_chance: they were rounded so."""
+    sums: dict[str, Survival] = {}
+    for component, survival in found:
+        sums[component] = sums.get(component, NOTHING) + survival
+    shares = {component: each.mean_share if by_chance else each.share for component, each in sorted(sums.items())}
+    return {component: share for component, share in shares.items() if share is not None}
 
 
 def _copy_untouched(task: Task) -> None:

@@ -8,42 +8,40 @@ a stream of its own, so that copies run beside the arithmetic. Memory is the wor
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
-from bake.adapters import is_plain
 from bake.errors import UsageError
-from bake.execute.compute import NOTHING, Chained, Converted, Survival, Work
+from bake.execute.compute import Chained, Converted, Work
 from bake.execute.device import Device, choose_devices
-from bake.execute.engine import Measured, Task
+from bake.execute.parts import Part, parts_of
 from bake.execute.rounding import Nearest, Rounding
 from bake.execute.scaled import Rescaled
 from bake.execute.stochastic import Stochastic
 from bake.execute.sums import Sum
+from bake.execute.survival import Survival
+from bake.execute.task import MANY_FILES, MAX_WORKERS, Task
 from bake.execute.worker import Worker
 from bake.io.fileset import FileSet
-from bake.keys.factors import as_matrix
+from bake.keys.factors import is_plain
 from bake.plan.model import Plan, TensorPlan
 
-_MAX_WORKERS = 8
 _WORKERS_PER_GPU = 4  # one reading, one computing, one writing, one to spare
-_PART_ELEMENTS = 16 * 1024 * 1024  # tensors with more are worked on by several workers
 _AHEAD = 8  # parts that the system is asked to read before a worker comes to them
-_MANY_FILES = 64  # with more, inputs are only open while they are read
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """Rows of one tensor that one worker takes care of."""
+class _Job:
+    """A part that one worker takes care of."""
 
-    tensor: TensorPlan
-    relative: str  # output file it belongs to
+    part: Part
     shared: _Shared
-    rows: range
     scale: TensorPlan | None  # what the tensor's new scale is stored in, if this part is to see to that
 
 
@@ -93,76 +91,59 @@ def rounding_of(plan: Plan, tensor: TensorPlan) -> Rounding:
 class _Agenda:
     """The parts in the order of the files, each handed out once; those to come are read ahead by the system."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, only: Collection[tuple[str, str]] | None) -> None:
+        """only: the tensors (output file, name) to work on; None: all."""
         self._files = task.files
         scales = {(file.relative, other.scale_of): other for file, other in task.plan.tensors() if other.scale_of}
-        self._parts = [
-            part
-            for file, tensor in task.plan.tensors()
-            if not (tensor.is_copy or tensor.is_given)
-            for part in _parts_of(
-                tensor, file.relative, rounding_of(task.plan, tensor), scales.get((file.relative, tensor.name))
-            )
-        ]
+        chosen = [part for part in parts_of(task.plan) if only is None or (part.relative, part.tensor.name) in only]
+        self._jobs: list[_Job] = []
+        for _, group in itertools.groupby(chosen, key=lambda part: (part.relative, part.tensor.name)):
+            parts = list(group)
+            tensor = parts[0].tensor
+            shared = _Shared(tensor, rounding_of(task.plan, tensor), len(parts))
+            scale = scales.get((parts[0].relative, tensor.name))
+            self._jobs += [_Job(part, shared, None if part.rows.start else scale) for part in parts]
         self._handed_out = 0
         self._lock = threading.Lock()
 
-    def next(self) -> _Part | None:
+    def next(self) -> _Job | None:
         """The next part; None after the last."""
         with self._lock:
             place = self._handed_out
             self._handed_out += 1
-        for coming in self._parts[place + _AHEAD : place + _AHEAD + 1] if place else self._parts[: _AHEAD + 1]:
-            self._prefetch(coming)
-        return self._parts[place] if place < len(self._parts) else None
-
-    def _prefetch(self, part: _Part) -> None:
-        tensor, source = part.tensor, part.tensor.source
-        height = max(1, tensor.source_size[0])
-        row = (source.span[1] - source.span[0]) // height  # bytes
-        begin, end = (source.span[0] + min(place, height) * row for place in (part.rows.start, part.rows.stop))
-        wanted = [(source.input, begin, end)]
-        if part.rows.start == 0:
-            factors = (stored for term in tensor.terms for stored in term.factors.values())
-            wanted += [(stored.input, *stored.span) for stored in factors]
-        for place, begin, end in wanted:
-            with self._files.using(place) as file:
-                file.prefetch(begin, end)
-
-
-def _parts_of(tensor: TensorPlan, relative: str, rounding: Rounding, scale: TensorPlan | None) -> list[_Part]:
-    """scale: what the tensor's new scale is stored in, if it gets one."""
-    height, width = as_matrix(tensor.view)
-    rows = max(1, _PART_ELEMENTS // max(1, width))
-    ranges = [range(first, min(height, first + rows)) for first in range(0, height, rows)]
-    shared = _Shared(tensor, rounding, len(ranges))
-    return [_Part(tensor, relative, shared, each, None if each.start else scale) for each in ranges]
+        for coming in self._jobs[place + _AHEAD : place + _AHEAD + 1] if place else self._jobs[: _AHEAD + 1]:
+            coming.part.prefetch(self._files)
+        return self._jobs[place] if place < len(self._jobs) else None
 
 
 class Pipeline:
     """The workers of one run."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, only: Collection[tuple[str, str]] | None) -> None:
+        """only: the tensors (output file, name) to work on; None: all."""
         self._task = task
         self._devices = choose_devices(task.options.device)
-        cores = min(_MAX_WORKERS, os.cpu_count() or 1)
+        cores = min(MAX_WORKERS, os.cpu_count() or 1)
         default = cores if self._devices[0].is_cpu else max(cores, _WORKERS_PER_GPU * len(self._devices))
         memory = task.options.memory
         self._workers = self._devices[0].workers(task.options.threads or default, memory)
         self._elements = self._devices[0].chunk_elements(memory // self._workers)
-        self._agenda = _Agenda(task)
-        self._sums: dict[str, Survival] = {}
+        self._agenda = _Agenda(task, only)
+        self._found: list[tuple[str, Survival]] = []
         self._clamped: dict[str, dict[str, int]] = {}
         self._lock = threading.Lock()
 
-    def run(self) -> Measured:
-        """Make every tensor that is not a copy; return what was measured on the way."""
+    def run(self) -> tuple[list[tuple[str, Survival]], dict[str, dict[str, int]]]:
+        """Make every tensor that is to be made.
+
+        Returns what survived of the updates, by component, and what was clamped, as in `Measured`.
+        """
         torch.backends.cuda.matmul.allow_tf32 = False
         threads_before = torch.get_num_threads()
         torch.set_num_threads(1)  # the workers are the parallelism; nested threads would fight for the cores
         try:
             with ExitStack() as opened:
-                if len(self._task.plan.inputs) <= _MANY_FILES:
+                if len(self._task.plan.inputs) <= MANY_FILES:
                     for place in range(len(self._task.plan.inputs)):
                         if self._task.plan.inputs[place].role != "config":
                             opened.enter_context(self._task.files.using(place))
@@ -172,35 +153,29 @@ class Pipeline:
                 self._task.team.join()
         finally:
             torch.set_num_threads(threads_before)
-        by_chance = self._task.plan.rounding == "stochastic"
-        sums = sorted(self._sums.items())
-        shares = {component: each.mean_share if by_chance else each.share for component, each in sums}
-        survival = {component: share for component, share in shares.items() if share is not None}
-        clamped = {component: dict(sorted(found.items())) for component, found in sorted(self._clamped.items())}
-        return Measured(survival, clamped)
+        return self._found, {component: dict(sorted(each.items())) for component, each in sorted(self._clamped.items())}
 
     def _work(self, device: Device) -> None:
         with Worker(self._task, device, self._elements) as worker, device.open_lane():
-            while (part := self._agenda.next()) is not None:
-                work = self._ready(part, device)
-                survival = worker.carry(work, part.relative, part.rows)
-                if part.scale is not None and isinstance(work, Rescaled):
-                    worker.store(work.scale_bytes, part.relative, part.scale)
-                part.shared.done()
-                self._count(part.tensor, survival)
+            while (job := self._agenda.next()) is not None:
+                work = self._ready(job, device)
+                survival = worker.carry(work, job.part.relative, job.part.rows)
+                if job.scale is not None and isinstance(work, Rescaled):
+                    worker.store(work.scale_bytes, job.part.relative, job.scale)
+                job.shared.done()
+                self._count(job.part.tensor, survival)
 
-    def _ready(self, part: _Part, device: Device) -> Work:
+    def _ready(self, job: _Job, device: Device) -> Work:
         try:
-            return part.shared.work(self._task.files, device)
+            return job.shared.work(self._task.files, device)
         except torch.OutOfMemoryError:
             raise UsageError(
-                f"{device.torch}: too little memory for the factors of {part.tensor.name}; use --device cpu"
+                f"{device.torch}: too little memory for the factors of {job.part.tensor.name}; use --device cpu"
             ) from None
 
     def _count(self, tensor: TensorPlan, survival: Survival) -> None:
-        component = tensor.component
         with self._lock:
-            self._sums[component] = self._sums.get(component, NOTHING) + survival
+            self._found.append((tensor.component, survival))
             if survival.clamped:
-                found = self._clamped.setdefault(component, {})
+                found = self._clamped.setdefault(tensor.component, {})
                 found[tensor.name] = found.get(tensor.name, 0) + survival.clamped

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from bake.dtypes import DTYPES, SMALLEST_SCALE
 from bake.execute.chunk import Chunk, chunk_height
-from bake.execute.compute import SAMPLED_ROWS, Survival, Work, survival_of
+from bake.execute.compute import Work, survival_of
 from bake.execute.device import Desk
 from bake.execute.rounding import SPREAD, UNIT, Nearest, Rounding, differing, put, settle, settle_wide
+from bake.execute.survival import SAMPLED_ROWS, Survival
 from bake.io.fileset import FileSet
 from bake.io.payload import as_bytes, read_padded, torch_dtype
 from bake.keys.factors import as_matrix

@@ -28,9 +28,10 @@ from bake.adapters import LOW_RANK
 from bake.adapters.chain import pair
 from bake.dtypes import DTYPES
 from bake.execute.chunk import Chunk
-from bake.execute.compute import SAMPLED_ROWS, Survival, Work, lost
+from bake.execute.compute import Work, lost
 from bake.execute.device import Desk, Device
 from bake.execute.rounding import SPREAD, UNIT, Rounding, differing, has_nonfinite, put, settle, take
+from bake.execute.survival import SAMPLED_ROWS, Survival
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
 from bake.plan.model import TensorPlan, Term

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bake.errors import UsageError
 from bake.execute.chunk import Chunk, chunk_height
-from bake.execute.compute import NOTHING, Survival, Work
+from bake.execute.compute import Work
 from bake.execute.device import Desk, Device
-from bake.execute.engine import Task
+from bake.execute.survival import NOTHING, Survival
+from bake.execute.task import Task
 from bake.io.files import open_for_writing, write_at
 from bake.io.payload import as_bytes, read_padded
 from bake.keys.factors import as_matrix

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from bake.io.files import read_bytes, read_into, reading
 from bake.io.known import Digest, recall, remember
@@ -76,7 +77,7 @@ def _pieces(fd: int, begin: int, end: int, path: Path) -> Iterator[memoryview]:
 
 
 class BackgroundDigests:
-    """Digests of several files, computed in a thread while the main work runs."""
+    """Digests of several files, computed in a thread while the main work runs; leaving the block ends it."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = tuple(paths)
@@ -100,7 +101,11 @@ class BackgroundDigests:
             raise self._error
         return self._digests
 
-    def cancel(self) -> None:
-        """Stop, and wait until the thread has ended."""
+    def __enter__(self) -> BackgroundDigests:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -287,6 +287,15 @@ class Algorithm:
         """True if factors of these shapes are stored this way."""
         present = all(map(shapes.__contains__, self.required))
         return present and (self.axes is None or len(shapes[self.required[0]]) == self.axes)
+
+
+# Products of thin matrices and stored differences: sums that are defined to the last bit (docs/numerics.md).
+_PLAIN = {"lora", "adalora", "vera", "full"}
+
+
+def is_plain(algorithm: str, factors: Collection[str]) -> bool:
+    """True for updates that are summed exactly, if there is no DoRA magnitude around them."""
+    return algorithm in _PLAIN and "magnitude" not in factors
 
 
 # One-element tensors beside the factors, read while planning.

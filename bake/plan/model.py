@@ -127,6 +127,11 @@ class TensorPlan:
         changed = self.is_padded or self.replaced or self.scale is not None or self.is_rescaled or self.is_given
         return not self.terms and self.dtype == self.source.dtype and not changed
 
+    @property
+    def is_computed(self) -> bool:
+        """True if there is arithmetic to be done: the bytes are neither copied nor given."""
+        return not (self.is_copy or self.is_given)
+
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:

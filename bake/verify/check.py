@@ -38,16 +38,16 @@ def check_files(
                 elif tensor.is_copy:
                     check_untouched(tensor, output, files, full, report)
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
-            touched = [tensor for tensor in file.tensors if not (tensor.is_copy or tensor.is_given)]
+            touched = [tensor for tensor in file.tensors if tensor.is_computed]
             if touched:
-                from bake.verify.numeric import check_tensors  # brings torch
+                from bake.verify.numeric import check_tensors  # brings NumPy
 
                 for tensor, found in check_tensors(plan, touched, full, output, files):
                     report.include(found)
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
             for tensor in file.tensors:
                 if tensor.appended:
-                    from bake.verify.numeric import check_appended  # brings torch
+                    from bake.verify.numeric import check_appended  # brings NumPy
 
                     check_appended(tensor, output, files, report)
         finally:

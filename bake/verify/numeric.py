@@ -5,23 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from bake.adapters import LOW_RANK, is_plain
-from bake.adapters.chain import Chain, TermLike, pair
-from bake.draws import key_of
 from bake.dtypes import DTYPES
+from bake.io.arrays import read_array
 from bake.io.fileset import FileSet
-from bake.io.payload import read_padded, read_rows, read_tensor
 from bake.io.tensorfile import TensorFile
-from bake.keys.factors import as_matrix
+from bake.keys.factors import as_matrix, is_plain
 from bake.plan.model import Plan, Stored, TensorPlan, Term
 from bake.verify.report import Report
-from bake.verify.rounding import Rule, round_once, spacing
+from bake.verify.rounding import Doubles, Rule, round_once, spacing
 from bake.verify.scales import Scales
 
 _BLOCK_ELEMENTS = 256 * 1024
@@ -64,8 +60,6 @@ def check_tensors(
     plan: Plan, tensors: list[TensorPlan], full: bool, output: TensorFile, files: FileSet
 ) -> Iterator[tuple[TensorPlan, Report]]:
     """Each tensor that is looked at, with what was found: all elements of all of them, or some rows of a sample."""
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are what is worked on side by side
     # A few rows of each are too little work to share: the threads would only wait for Python's lock.
     pool = ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1) if full else 1, "bake verify")
     try:
@@ -78,13 +72,15 @@ def check_tensors(
         yield from zip(chosen, pool.map(check, chosen), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads_before)
 
 
 def _rule_of(plan: Plan, tensor: TensorPlan) -> Rule:
     """How the elements of a tensor of `plan` are rounded."""
-    key = key_of(plan.seed, tensor.name) if plan.rounding == "stochastic" else None
-    return Rule(tensor.dtype, key, plan.rounding == "fast")
+    if plan.rounding != "stochastic":
+        return Rule(tensor.dtype, None, plan.rounding == "fast")
+    from bake.draws import key_of  # brings torch
+
+    return Rule(tensor.dtype, key_of(plan.seed, tensor.name))
 
 
 def _check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, files: FileSet, rule: Rule) -> Report:
@@ -103,13 +99,14 @@ def _check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, f
     scales = None if tensor.rescaled is None else Scales(tensor, tensor.rescaled, output)
     finding: str | None = None
     for block in blocks:
-        exact, lost = reference.result(block)
-        if scales is not None:
-            finding = scales.check(exact, lost, block)
-        if finding is None:
-            found = read_rows(output, written.begin, written.dtype, width, block, torch.float64)
-            divisors = scales.of(block).expand_as(exact) if scales is not None else torch.ones_like(exact)
-            finding = _check_rows(reference, block, exact, lost, divisors, found, rule, report)
+        with np.errstate(all="ignore"):
+            exact, lost = reference.result(block)
+            if scales is not None:
+                finding = scales.check(exact, lost, block)
+            if finding is None:
+                found = _rows(output, written.begin, written.dtype, width, block)
+                divisors = np.ones_like(exact) if scales is None else np.broadcast_to(scales.of(block), exact.shape)
+                finding = _check_rows(reference, block, exact, lost, divisors, found, rule, report)
         if finding is not None:
             break
     else:
@@ -122,46 +119,52 @@ def _check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, f
 def _check_rows(
     reference: _Reference,
     block: range,
-    exact: Tensor,
-    lost: Tensor,
-    divisors: Tensor,
-    found: Tensor,
+    exact: Doubles,
+    lost: Doubles,
+    divisors: Doubles,
+    found: Doubles,
     rule: Rule,
     report: Report,
 ) -> str | None:
     """Count in `report` how near the rows `found` come to `exact / divisors`; what is wrong with them, if anything."""
     tensor, base, first = reference.plan, reference.base_rows(block), block.start * found.shape[1]
     if tensor.keeps_nonfinite:
-        kept = ~torch.isfinite(base) & ~torch.isfinite(exact)
-        if not torch.equal(found[kept].nan_to_num(), base[kept].nan_to_num()):
+        kept = ~np.isfinite(base) & ~np.isfinite(exact)
+        if not np.array_equal(found[kept], base[kept], equal_nan=True):
             return f"{tensor.name}: NaN or infinity of the base in rows {block.start} to {block.stop} did not stay"
-        exact, lost, base, found = (values.masked_fill(kept, 0.0) for values in (exact, lost, base, found))
+        exact, lost, base, found = (np.where(kept, 0.0, values) for values in (exact, lost, base, found))
     exact, lost = exact / divisors, lost / divisors
     lowest, highest = (rule.round(exact + side * lost, first) for side in (-1, 1))
     if reference.is_defined:
         # Where the order of a float64 sum would decide the rounding, the order that is promised does.
-        for row, column in (lowest != highest).nonzero().tolist():
+        for row, column in np.argwhere(lowest != highest).tolist():
             defined = reference.by_definition(block.start + row, column, float(base[row, column]))
             exact[row, column] = defined / float(divisors[row, column])
         lowest = highest = rule.round(exact, first)
     rounded = rule.round(exact, first)
     if DTYPES[tensor.dtype].bits == 8:
-        exact = exact.clamp(-DTYPES[tensor.dtype].largest, DTYPES[tensor.dtype].largest)
-    larger = torch.maximum(exact.abs(), (base / divisors).abs())
-    ulp = ((found - exact).abs() / spacing(larger, tensor.dtype)).nan_to_num(nan=torch.inf)
-    worst = float(ulp.max()) if ulp.numel() else 0.0
-    report.elements += exact.numel()
+        exact = np.clip(exact, -DTYPES[tensor.dtype].largest, DTYPES[tensor.dtype].largest)
+    larger = np.maximum(np.abs(exact), np.abs(base / divisors))
+    ulp = np.nan_to_num(np.abs(found - exact) / spacing(larger, tensor.dtype), nan=np.inf)
+    worst = float(ulp.max(initial=0.0))
+    report.elements += exact.size
     report.equal += int((found == rounded).sum())
     if worst > report.max_ulp or report.worst is None:
         report.max_ulp, report.worst = max(worst, report.max_ulp), tensor.name
     wrong = ~((lowest <= found) & (found <= highest)) & (found != rounded)
-    if not bool(wrong.any()):
+    if not wrong.any():
         return None
-    row, column = (int(place) for place in wrong.nonzero()[0])
+    row, column = (int(place) for place in np.argwhere(wrong)[0])
     return (
         f"{tensor.name}: row {block.start + row}, column {column} is {float(found[row, column]):.9g}, "
         f"should be {float(exact[row, column]):.9g} ({int(wrong.sum())} wrong elements in these rows)"
     )
+
+
+def _rows(file: TensorFile, begin: int, tag: str, columns: int, rows: range) -> Doubles:
+    """Contiguous rows of a stored tensor seen as a matrix of `columns` columns; begin: its first byte."""
+    offset = begin + rows.start * columns * DTYPES[tag].bits // 8
+    return read_array(file, offset, tag, (len(rows), columns), np.float64)
 
 
 def check_appended(tensor: TensorPlan, output: TensorFile, files: FileSet, report: Report) -> None:
@@ -170,11 +173,11 @@ def check_appended(tensor: TensorPlan, output: TensorFile, files: FileSet, repor
     begin = found.begin + (found.end - found.begin) // tensor.shape[0] * tensor.source.shape[0]
     for stored in tensor.appended:
         with files.using(stored.input) as file:
-            due = read_tensor(file, stored.span[0], stored.dtype, stored.as_rows, torch.float64)
-        written = read_tensor(output, begin, found.dtype, stored.as_rows, torch.float64)
+            due = read_array(file, stored.span[0], stored.dtype, stored.as_rows, np.float64)
+        written = read_array(output, begin, found.dtype, stored.as_rows, np.float64)
         begin += (found.end - found.begin) // tensor.shape[0] * stored.as_rows[0]
         report.embeddings += 1
-        if not torch.equal(written, round_once(due, found.dtype)):
+        if not np.array_equal(written, round_once(due, found.dtype)):
             report.add(f"{output.path}: the rows of {tensor.name} for {stored.name} are not the adapter's vectors")
 
 
@@ -185,59 +188,84 @@ class _Reference:
         """is_fast: sums may be as float32 gives them."""
         self.plan, self._files = plan, files
         self._is_fast = is_fast
-        self._chain = Chain(plan.view, plan.terms, self)
         self._is_plain = all(is_plain(term.algorithm, term.factors) for term in plan.terms)
         self._pairs = [self._pair(term) if self._is_plain else None for term in plan.terms]
         self._scale = None if plan.scale is None else self._whole(plan.scale).reshape(-1, 1)
+        self._chain: Callable[[range], Doubles] | None = None
+        if not self._is_plain:
+            from bake.verify.chains import chain_of  # brings torch
 
-    def _pair(self, term: Term) -> tuple[Tensor, Tensor] | None:
-        if term.algorithm not in LOW_RANK:
+            self._chain = chain_of(plan, files, self.base_rows)
+
+    def _pair(self, term: Term) -> tuple[Doubles, Doubles] | None:
+        """The two factors of a thin product, the left one scaled; None for a stored difference."""
+        if term.algorithm == "full":
             return None
-        left, right = pair(term, {name: self.whole(term, name) for name in term.factors}, 1.0)
+        if term.algorithm == "lora" and term.factors.keys() == {"up", "down"}:
+            left, right = (self._whole(term.factors[name]) for name in ("up", "down"))
+            expert, experts = (int(term.settings.get(name) or 0) for name in ("expert", "experts"))
+            if experts:
+                rank = len(right) // experts
+                left, right = left[:, expert::experts], right[expert * rank :][:rank]
+            left, right = left[:, : term.rank_limit], right[: term.rank_limit]
+            if term.transposed:
+                left, right = right.T, left.T
+            left = left[slice(*term.part)]
+        else:
+            from bake.verify.chains import thin_pair  # brings torch
+
+            left, right = thin_pair(term, self._files)
         return left * (term.scale * term.weight), right
 
-    def whole(self, term: TermLike, name: str) -> Tensor:
-        """A factor for the chain."""
-        return self._whole(_stored(term, name))
-
-    def _whole(self, stored: Stored) -> Tensor:
+    def _whole(self, stored: Stored) -> Doubles:
+        """A stored tensor as a matrix."""
         with self._files.using(stored.input) as file:
-            return read_tensor(file, stored.span[0], stored.dtype, stored.shape, torch.float64)
+            return read_array(file, stored.span[0], stored.dtype, as_matrix(stored.shape), np.float64)
 
-    def rows(self, term: TermLike, name: str, rows: range) -> Tensor:
-        """Rows of a factor for the chain."""
-        stored = _stored(term, name)
-        with self._files.using(stored.input) as file:
-            return read_rows(file, stored.span[0], stored.dtype, as_matrix(stored.shape)[1], rows, torch.float64)
-
-    def base_rows(self, block: range) -> Tensor:
+    def base_rows(self, block: range) -> Doubles:
         """The base's values, those of scaled layers times their scale."""
-        source = self.plan.source
-        with self._files.using(source.input) as file:
-            size, columns = self.plan.source_size, as_matrix(self.plan.view)[1]
-            stored = read_padded(file, source.span[0], source.dtype, size, columns, block, torch.float64)
-        if self._scale is None:
-            return stored
-        return stored * (self._scale[block.start : block.stop] if len(self._scale) > 1 else self._scale)
+        source, size = self.plan.source, self.plan.source_size
+        values = np.zeros((len(block), as_matrix(self.plan.view)[1]))
+        stored = range(block.start, min(block.stop, size[0]))
+        if stored:
+            with self._files.using(source.input) as file:
+                values[: len(stored), : size[1]] = _rows(file, source.span[0], source.dtype, size[1], stored)
+        if self._scale is not None:
+            values *= self._scale[block.start : block.stop] if len(self._scale) > 1 else self._scale
+        return values
 
     @property
     def is_defined(self) -> bool:
         """True if every element has one right value, that of `by_definition` rounded once."""
         return self._is_plain and not self._is_fast and DTYPES[self.plan.dtype].bits <= 16
 
-    def result(self, block: range) -> tuple[Tensor, Tensor]:
+    def result(self, block: range) -> tuple[Doubles, Doubles]:
         """(float64 values, bound on what the arithmetic of the run may lose) for some rows."""
-        exact = self._chain.rows(block, self.base_rows)
-        if not self._is_plain:
-            sizes = torch.maximum(exact.abs(), self.base_rows(block).abs())
+        if self._chain is not None:
+            exact = self._chain(block)
+            sizes = np.maximum(np.abs(exact), np.abs(self.base_rows(block)))
             if self.plan.keeps_nonfinite:
-                sizes = sizes.masked_fill(~torch.isfinite(sizes), 0.0)
-            size = sizes.amax(1, keepdim=True)
-            return exact, (size * _CHAIN_TOLERANCE).expand_as(exact)
+                sizes[~np.isfinite(sizes)] = 0.0
+            size = sizes.max(axis=1, keepdims=True, initial=0.0)
+            return exact, np.broadcast_to(size * _CHAIN_TOLERANCE, exact.shape)
+        exact = self.base_rows(block)
+        magnitude = np.abs(exact)
+        for term, two in zip(self.plan.terms, self._pairs, strict=True):
+            first, last = max(block.start, term.rows[0]), min(block.stop, term.rows[1])
+            if first < last:
+                mine = slice(first - term.rows[0], last - term.rows[0])
+                place = slice(first - block.start, last - block.start), slice(*term.columns)
+                if two is not None:
+                    exact[place] += two[0][mine] @ two[1]
+                    magnitude[place] += np.abs(two[0][mine]) @ np.abs(two[1])
+                else:
+                    difference = self._stored_rows(term, mine) * (term.scale * term.weight)
+                    exact[place] += difference
+                    magnitude[place] += np.abs(difference)
         # roundings an element sees at most: one per product and sum, and those of the factors
         roundings = sum(two[0].shape[1] + 3 for two in self._pairs if two is not None) + 3 * len(self._pairs) + 2
         unit = _FLOAT32_UNIT if self._is_fast else _FLOAT64_UNIT
-        return exact, self._magnitude(block) * (roundings * unit if self._pairs else 0.0)
+        return exact, magnitude * (roundings * unit if self._pairs else 0.0)
 
     def by_definition(self, row: int, column: int, value: float) -> float:
         """One element as docs/numerics.md defines it: a sum for each region, added up, then to the base's value."""
@@ -251,38 +279,24 @@ class _Reference:
                     update += summand
         return value + update
 
-    def _summands(self, term: Term, two: tuple[Tensor, Tensor] | None, row: int, column: int) -> list[float]:
+    def _summands(self, term: Term, two: tuple[Doubles, Doubles] | None, row: int, column: int) -> list[float]:
         """What a term adds to the element at (row, column) of its region: the products, or the stored difference."""
         if two is not None:
             products: list[float] = (two[0][row] * two[1][:, column]).tolist()
             return products
         return [float(self._stored_rows(term, slice(row, row + 1))[0, column]) * (term.scale * term.weight)]
 
-    def _magnitude(self, block: range) -> Tensor:
-        """The sum of the magnitudes of everything that is added up in an element."""
-        total = self.base_rows(block).abs()
-        for term, two in zip(self.plan.terms, self._pairs, strict=True):
-            first, last = max(block.start, term.rows[0]), min(block.stop, term.rows[1])
-            if first >= last:
-                continue
-            mine = slice(first - term.rows[0], last - term.rows[0])
-            if two is not None:
-                size = two[0][mine].abs() @ two[1].abs()
-            else:
-                size = self._stored_rows(term, mine).abs() * abs(term.scale * term.weight)
-            total[first - block.start : last - block.start, slice(*term.columns)] += size
-        return total
-
-    def _stored_rows(self, term: Term, mine: slice) -> Tensor:
-        (name,) = term.factors
+    def _stored_rows(self, term: Term, mine: slice) -> Doubles:
+        """These rows, counted from the first of the term's region, of a stored difference."""
+        (stored,) = term.factors.values()
         own = range(mine.start + term.part[0], mine.stop + term.part[0])
         if term.transposed:
-            whole = self.whole(term, name)
-            return whole.reshape(whole.shape[0], -1).T[own.start : own.stop]
-        return self.rows(term, name, own)
+            return self._whole(stored).T[own.start : own.stop]
+        with self._files.using(stored.input) as file:
+            return _rows(file, stored.span[0], stored.dtype, as_matrix(stored.shape)[1], own)
 
 
-def _region(each: tuple[Term, tuple[Tensor, Tensor] | None]) -> tuple[tuple[int, int], tuple[int, int], bool]:
+def _region(each: tuple[Term, tuple[Doubles, Doubles] | None]) -> tuple[tuple[int, int], tuple[int, int], bool]:
     term, two = each
     return term.rows, term.columns, two is not None
 
@@ -294,9 +308,3 @@ def _by_halves(values: list[float]) -> float:
         later = values[half:]
         values = [one + two for one, two in zip(values, later, strict=False)] + values[len(later) : half]
     return values[0]
-
-
-def _stored(term: TermLike, name: str) -> Stored:
-    stored = term.factors[name]
-    assert isinstance(stored, Stored)
-    return stored

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from bake.dtypes import DTYPES, SMALLEST_SCALE
-from bake.io.payload import read_tensor
+from bake.io.arrays import read_array
 from bake.io.tensorfile import TensorFile
 from bake.keys.factors import as_matrix
 from bake.plan.model import Rescaling, TensorPlan
-from bake.verify.rounding import spacing
+from bake.verify.rounding import Doubles, spacing
 
 
 class Scales:
@@ -19,21 +18,21 @@ class Scales:
     def __init__(self, tensor: TensorPlan, rescaled: Rescaling, output: TensorFile) -> None:
         self._tensor, self._by_row = tensor, rescaled.by_row
         info = output.tensors[rescaled.name]
-        self._written = read_tensor(output, info.begin, info.dtype, info.shape, torch.float64).reshape(-1, 1)
+        self._written = read_array(output, info.begin, info.dtype, info.shape, np.float64).reshape(-1, 1)
         self._largest = DTYPES[tensor.dtype].largest
         self._rows = 0
         self._due = self._reach = 0.0
 
-    def of(self, block: range) -> Tensor:
+    def of(self, block: range) -> Doubles:
         """The scales of some rows, to be broadcast over them."""
         return self._written[block.start : block.stop] if self._by_row else self._written
 
-    def check(self, exact: Tensor, lost: Tensor, block: range) -> str | None:
+    def check(self, exact: Doubles, lost: Doubles, block: range) -> str | None:
         """What is wrong with the scales of these rows; None if nothing is, as far as the rows tell."""
         written = self.of(block)
-        if not bool((torch.isfinite(written) & (written > 0)).all()):
+        if not (np.isfinite(written) & (written > 0)).all():
             return f"{self._tensor.name}: its scale is not a positive number"
-        due, reach = exact.abs().amax(1, keepdim=True), lost.amax(1, keepdim=True)
+        due, reach = np.abs(exact).max(axis=1, keepdims=True), lost.max(axis=1, keepdims=True)
         if self._by_row:
             return self._difference(written, due, reach)
         self._rows += len(block)
@@ -44,16 +43,16 @@ class Scales:
         """The same for the scale of the whole tensor, once every row was seen."""
         if self._by_row or self._rows < as_matrix(self._tensor.view)[0]:
             return None
-        due, reach = (torch.tensor([[value]], dtype=torch.float64) for value in (self._due, self._reach))
+        due, reach = (np.array([[value]]) for value in (self._due, self._reach))
         return self._difference(self._written, due, reach)
 
-    def _difference(self, written: Tensor, due: Tensor, reach: Tensor) -> str | None:
+    def _difference(self, written: Doubles, due: Doubles, reach: Doubles) -> str | None:
         due, reach = due / self._largest, reach / self._largest
-        wrong = ~((written - due).abs() <= reach + spacing(due, "F32")) & (due > SMALLEST_SCALE)
-        if not bool(wrong.any()):
+        wrong = ~(np.abs(written - due) <= reach + spacing(due, "F32")) & (due > SMALLEST_SCALE)
+        if not wrong.any():
             return None
-        place = int(wrong.nonzero()[0, 0])
+        place = int(wrong.argmax())
         return (
-            f"{self._tensor.name}: its scale is {float(written[place]):.9g}, should be {float(due[place]):.9g} "
+            f"{self._tensor.name}: its scale is {float(written[place, 0]):.9g}, should be {float(due[place, 0]):.9g} "
             f"for its largest value"
         )

@@ -1,0 +1,105 @@
+"""Rounding float32 to 16 bits, exactly, and saying where a bound leaves the rounding open.
+
+NumPy knows no bfloat16 and converts halves one at a time, so a number is rounded by adding another, so large
+that their sum has no bit more than the dtype: to nearest, ties to even, as every addition.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bake.dtypes import DTYPES
+from bake.execute.plain.desk import Desk
+
+Floats = NDArray[np.float32]
+Bits = NDArray[np.uint16]
+
+UNIT = 2.0**-24  # the largest relative error of one float32 operation
+_MANTISSA, _BIAS = 23, 127  # of float32
+_EXPONENT = np.int32(0x7F800000)
+_BELOW = {"F16": 2.0**15, "BF16": 2.0**100}  # from here on numbers may overflow, here or in the dtype
+
+# The bits of a half, moved into those of a float32, mean its value but for this factor.
+_HALF_SHIFT, _HALF_FACTOR = 13, np.float32(2.0**112)
+_HALF_SIGN_AND_MAGNITUDE = np.int32(-0x80000000 | 0x0FFFFFFF)
+
+
+class TooLarge(Exception):
+    """Numbers that may be beyond the dtype, or are none at all: nothing for this part of bake."""
+
+
+def widen(stored: NDArray[np.generic], tag: str, out: Floats) -> None:
+    """Set `out` to the numbers that `stored` holds, which is as `bake.io.arrays.stored_dtype` says.
+
+    Raises TooLarge for halves that are no finite numbers.
+    """
+    if tag == "F32":
+        np.copyto(out, stored)
+        return
+    bits = out.view(np.int32)
+    np.copyto(bits, stored.view(np.int16))
+    if tag == "BF16":
+        np.left_shift(bits, 16, out=bits)
+    else:
+        if stored.view(np.int16).max(initial=0) >= 0x7C00 or stored.view(np.uint16).max(initial=0) >= 0xFC00:
+            raise TooLarge
+        np.left_shift(bits, _HALF_SHIFT, out=bits)
+        np.bitwise_and(bits, _HALF_SIGN_AND_MAGNITUDE, out=bits)
+        np.multiply(out, _HALF_FACTOR, out=out)
+
+
+def settle(near: Floats, bound: Floats | None, tag: str, out: Bits, desk: Desk) -> NDArray[np.intp]:
+    """Round `near` into `out`; return the flat places where the numbers that it stands for may round differently.
+
+    bound: how far those are away at most, not counting one rounding to float32; None: not at all.
+    Both are used up. Raises TooLarge.
+    """
+    kind, shape = DTYPES[tag], near.shape
+    power, large, rounded = (desk.array(name, np.float32, shape) for name in ("power", "large", "rounded"))
+    np.bitwise_and(near.view(np.int32), _EXPONENT, out=power.view(np.int32))
+    if not power.max(initial=0) < _BELOW[tag]:
+        raise TooLarge
+    np.maximum(power, desk.filled(2.0**kind.smallest_exponent, shape), out=power)
+    np.multiply(power, np.float32(1.5 * 2.0 ** (_MANTISSA - kind.mantissa)), out=large)
+    np.add(near, large, out=rounded)
+    np.subtract(rounded, large, out=rounded)
+    if bound is None:
+        np.copysign(rounded, near, out=rounded)  # small negative numbers become -0
+        undecided = np.empty(0, np.intp)
+    else:
+        # From a number that fits it is half a last place to the next tie, or a quarter below a power of two.
+        distance = np.abs(np.subtract(near, rounded, out=near), out=near)
+        reach = np.add(np.maximum(distance, bound, out=distance), bound, out=distance)
+        half = np.multiply(power, np.float32(2.0 ** (-kind.mantissa - 1) - 4.5 * UNIT), out=power)  # less what was lost
+        is_open, is_zero = (desk.array(name, np.bool_, shape) for name in ("open", "zero"))
+        np.greater_equal(reach, half, out=is_open)
+        np.equal(rounded, 0, out=is_zero)  # of which sign?
+        undecided = np.flatnonzero(np.logical_or(is_open, is_zero, out=is_open))
+    _encode(rounded, tag, out, large.view(np.uint32))
+    return undecided
+
+
+def _encode(rounded: Floats, tag: str, out: Bits, buffer: NDArray[np.uint32]) -> None:
+    """Set `out` to the bits of numbers that the dtype can hold; they are used up."""
+    bits = rounded.view(np.uint32)
+    if tag == "BF16":
+        np.right_shift(bits, 16, out=bits)
+    else:
+        np.multiply(rounded, 1 / _HALF_FACTOR, out=rounded)
+        sign = np.bitwise_and(np.right_shift(bits, 16, out=buffer), 0x8000, out=buffer)
+        np.bitwise_or(np.right_shift(bits, _HALF_SHIFT, out=bits), sign, out=bits)
+    np.copyto(out, bits, casting="unsafe")  # the lower half
+
+
+def narrow_each(values: NDArray[np.float64], tag: str) -> Bits:
+    """Float64 `values` rounded once, as bits. Raises TooLarge."""
+    if not np.abs(values).max(initial=0.0) < _BELOW[tag]:
+        raise TooLarge
+    if tag == "F16":
+        return values.astype(np.float16).view(np.uint16)
+    _, exponent = np.frexp(values)
+    step = np.ldexp(1.0, np.maximum(exponent - 1, DTYPES[tag].smallest_exponent) - DTYPES[tag].mantissa)
+    rounded = (np.rint(values / step) * step).astype(np.float32)
+    bits: Bits = (rounded.view(np.uint32) >> 16).astype(np.uint16)
+    return bits

@@ -1,0 +1,38 @@
+"""How much of an update is left after it was rounded into the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SAMPLED_ROWS = 16  # every 16th row of a chunk is used to measure what survived the rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """How much of an update is left after rounding, as sums of squares and of products."""
+
+    update: float
+    lost: float
+    along: float = 0.0  # what was written, times the update
+    clamped: int = 0  # elements beyond the largest 8-bit number, which stands for them
+
+    def __add__(self, other: Survival) -> Survival:
+        return Survival(
+            self.update + other.update,
+            self.lost + other.lost,
+            self.along + other.along,
+            self.clamped + other.clamped,
+        )
+
+    @property
+    def share(self) -> float | None:
+        """1 - |lost| / |update|; None where nothing was to be added."""
+        return None if self.update == 0 else max(0.0, 1.0 - (self.lost / self.update) ** 0.5)
+
+    @property
+    def mean_share(self) -> float | None:
+        """1 - |1 - what was written along the update|: what single elements lose and gain by chance cancels out."""
+        return None if self.update == 0 else max(0.0, 1.0 - abs(1.0 - self.along / self.update))
+
+
+NOTHING = Survival(0.0, 0.0)
