@@ -1,10 +1,13 @@
-"""Sums against their definition, element by element and bit by bit: docs/numerics.md in NumPy."""
+"""Sums against their definition, element by element and bit by bit: docs/numerics.md in NumPy.
+
+Both parts of bake that make them are held against it: torch's, and NumPy's where it takes the tensor.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,23 +15,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import save
+from support import save, save_torch
 
 from bake.api import fuse
 from bake.errors import NonFinite
 from bake.execute import sums
 from bake.execute.chunk import Chunk, chunk_height
 from bake.execute.device import Desk, Device
+from bake.execute.plain import sums as plain
+from bake.execute.plain.desk import Desk as PlainDesk
+from bake.execute.plain.pipeline import _is_plain
+from bake.execute.plain.rounding import TooLarge
 from bake.execute.rounding import Nearest
 from bake.execute.sums import Sum
+from bake.execute.survival import NOTHING, SAMPLED_ROWS, Survival
 from bake.io.fileset import Expected, FileSet
 from bake.plan.model import Stored, TensorPlan, Term
 from bake.verify.rounding import round_once
 
 TAGS = {"F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+STORED = {**TAGS, "F32": torch.float32, "F64": torch.float64}
+PAIRS = ((1, 1), (2, -1))
+TOO_LARGE = {"F16": 2.0**15, "BF16": 2.0**100}  # what NumPy may leave to torch
 
 
 @dataclass(frozen=True)
@@ -40,24 +51,41 @@ class Update:
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
     transposed: bool = False
+    tag: str | None = None  # they are stored as; None: as they are
+    first: int = 0  # row of the update that goes to the first row of the region
+    rank_limit: int | None = None
+    expert: tuple[int, int] | None = None  # number, of how many
+
+    def pair(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(left, right), not scaled, of which the region gets rows."""
+        up, down = (array.astype(np.float64) for array in self.arrays)
+        if self.expert is not None:
+            up, down = up[:, self.expert[0] :: self.expert[1]], np.split(down, self.expert[1])[self.expert[0]]
+        up, down = up[:, : self.rank_limit], down[: self.rank_limit]
+        return (down.T, up.T) if self.transposed else (up, down)
 
 
 class Bench:
     """A tensor and its updates, stored as a run finds them."""
 
-    def __init__(self, folder: Path, base: NDArray[Any], updates: Sequence[Update], tag: str = "F16") -> None:
+    def __init__(
+        self, folder: Path, base: NDArray[Any], updates: Sequence[Update], tag: str = "F16", source: str | None = None
+    ) -> None:
+        """source: the dtype that the base is stored in, which can hold it; None: its own."""
         self.base, self.updates, self.tag = base, updates, tag
-        named = [
-            {f"{place}.{name}": array for name, array in zip(("up", "down"), update.arrays, strict=False)}
+        self.source = source or {2: "F16", 4: "F32", 8: "F64"}[base.dtype.itemsize]
+        tensors = {
+            f"{place}.{name}": stored(array, update.tag)
             for place, update in enumerate(updates)
-        ]
-        path = save(folder / "factors.safetensors", {name: array for each in named for name, array in each.items()})
+            for name, array in zip(("up", "down"), update.arrays, strict=False)
+        }
+        path = save_torch(folder / "factors.safetensors", tensors)
         status = path.stat()
         self.files = FileSet([Expected(path, status.st_size, status.st_mtime_ns)])
         with self.files.using(0) as file:
             info = dict(file.tensors)
 
-        def stored(name: str) -> Stored:
+        def place_of(name: str) -> Stored:
             return Stored(0, name, info[name].dtype, info[name].shape, (info[name].begin, info[name].end))
 
         height, width = base.shape
@@ -65,7 +93,7 @@ class Bench:
         for place, update in enumerate(updates):
             rows, columns = update.rows or (0, height), update.columns or (0, width)
             names = ("up", "down") if len(update.arrays) == 2 else ("diff",)
-            factors = {name: stored(f"{place}.{key}") for name, key in zip(names, ("up", "down"), strict=False)}
+            factors = {name: place_of(f"{place}.{key}") for name, key in zip(names, ("up", "down"), strict=False)}
             count = rows[1] - rows[0]
             terms.append(
                 Term(
@@ -75,22 +103,54 @@ class Bench:
                     weight=update.weight,
                     rows=rows,
                     columns=columns,
-                    part=(0, count),
+                    part=(update.first, update.first + count),
                     height=count,
                     transposed=update.transposed,
                     adapter=0,
                     module="a",
+                    rank_limit=update.rank_limit,
+                    settings=dict(zip(("expert", "experts"), update.expert or (), strict=False)),
                 )
             )
-        source = Stored(0, "base", {2: "F16", 4: "F32", 8: "F64"}[base.dtype.itemsize], base.shape, (0, 0))
-        self.plan = TensorPlan("a.weight", base.shape, tag, (0, 0), source, "unet", tuple(terms))
+        place = Stored(0, "base", self.source, base.shape, (0, 0))
+        self.plan = TensorPlan("a.weight", base.shape, tag, (0, 0), place, "unet", tuple(terms))
+
+    def check(self, steps: Sequence[int] = (13, 96)) -> None:
+        """Compare what both parts of bake write, in blocks of so many rows, with the definition."""
+        due, width = self.due(), self.base.shape[1]
+        if self.updates and self.base.size:  # the others only convert, or have nothing to do
+            for step in steps:
+                assert self.run(step * width) == due
+        if _is_plain(self.plan):
+            for step in steps:
+                try:
+                    assert self.run_plain(step)[0] == due
+                except TooLarge:
+                    assert self.largest() >= TOO_LARGE[self.tag]
+
+    def largest(self) -> float:
+        """The largest magnitude of what is read and written."""
+        return max(float(np.abs(each).max(initial=0)) for each in (self.base, self.exact()))
+
+    def run_plain(self, step: int, is_fast: bool = False) -> tuple[bytes, Survival]:
+        """The bytes that NumPy's part writes, in blocks of so many rows, and what survived."""
+        work, desk = plain.Sum(self.plan, self.files, is_fast), PlainDesk()
+        out = np.empty(self.base.shape, np.uint16)
+        raw = stored(self.base, self.source)
+        lying = raw.view(torch.int16).numpy().view(np.uint16) if self.source == "BF16" else raw.numpy()
+        survival = NOTHING
+        with np.errstate(all="ignore"):
+            for first in range(0, len(out), step):
+                rows = slice(first, first + step)
+                survival += work.fuse(lying[rows], out[rows], first, desk)
+        return out.tobytes(), survival
 
     def run(self, elements: int | None = None, device: Device | None = None) -> bytes:
         """The bytes that a run writes, in chunks of so many elements."""
         device = device or Device("cpu")
         work, desk = Sum(self.plan, self.files, device, Nearest(self.tag)), Desk(device)
         out = torch.empty(self.base.shape, dtype=TAGS[self.tag])
-        raw = torch.from_numpy(self.base)
+        raw = stored(self.base, self.source)
         height, width = self.base.shape
         step = chunk_height(width, elements)
         for first in range(0, height, step):
@@ -98,7 +158,7 @@ class Bench:
             rows = slice(chunk.first, chunk.last)
             work.fuse(raw[rows].contiguous(), part := torch.empty_like(out[rows]), chunk, desk)
             out[rows] = part
-        return bytes(out.view(torch.uint8).numpy().data)
+        return bytes(out.flatten().view(torch.uint8).numpy().data)
 
     def exact(self) -> NDArray[np.float64]:
         """W + ((g_1 + g_2) + ...), as docs/numerics.md defines it."""
@@ -113,8 +173,8 @@ class Bench:
                     ((region, len(groups)), [((values.T if each.transposed else values) * factor)[..., None]])
                 )
                 continue
-            up, down = (array.astype(np.float64) for array in each.arrays)
-            left, right = (down.T * factor, up.T) if each.transposed else (up * factor, down)
+            left, right = each.pair()
+            left = left[each.first :][: region[0][1] - region[0][0]] * factor
             products = left[:, None, :] * right.T[None, :, :]
             if groups and groups[-1][0] == (region, "products"):
                 groups[-1][1].append(products)
@@ -128,13 +188,21 @@ class Bench:
                 half = joined.shape[2] // 2
                 joined = joined[:, :, :half] + joined[:, :, half:]
             update[slice(*region[0]), slice(*region[1])] += joined[:, :, 0]
-        found: NDArray[np.float64] = self.base.astype(np.float64) + update
-        return found
+        found: NDArray[np.float64] = self.base.astype(np.float64)
+        return found + update if self.updates else found
 
     def due(self) -> bytes:
         """The bytes that are right."""
-        rounded = round_once(torch.from_numpy(self.exact()), self.tag)
-        return bytes(rounded.to(TAGS[self.tag]).view(torch.uint8).numpy().data)
+        rounded = torch.from_numpy(round_once(self.exact(), self.tag))
+        return bytes(rounded.to(TAGS[self.tag]).flatten().view(torch.uint8).numpy().data)
+
+
+def stored(values: NDArray[Any], tag: str | None) -> torch.Tensor:
+    """`values` as a tensor of the stored dtype `tag`, which can hold them; None: of their own."""
+    tensor = torch.from_numpy(np.array(values, order="C"))  # in memory of its own
+    found = tensor if tag is None else tensor.to(STORED[tag])
+    assert torch.equal(found.to(tensor.dtype), tensor)
+    return found
 
 
 def normal(seed: int, *shape: int, spread: float = 1.0, dtype: type = np.float16) -> NDArray[Any]:
@@ -149,8 +217,7 @@ def lora(seed: int, rank: int, rows: int = 96, columns: int = 160, spread: float
 @pytest.mark.parametrize("tag", TAGS)
 @pytest.mark.parametrize("rank", [1, 3, 16, 128])
 def test_every_element_is_the_float64_sum_rounded_once(tmp_path: Path, tag: str, rank: int) -> None:
-    bench = Bench(tmp_path, normal(0, 96, 160), [Update(lora(1, rank))], tag)
-    assert bench.run() == bench.due()
+    Bench(tmp_path, normal(0, 96, 160), [Update(lora(1, rank))], tag).check()
 
 
 @pytest.mark.parametrize(
@@ -170,6 +237,20 @@ def test_every_element_is_the_float64_sum_rounded_once(tmp_path: Path, tag: str,
             Update(lora(2, 8)),
             Update((normal(4, 160, 96),), transposed=True),
         ],
+        "parts of updates": [
+            Update(lora(1, 4, rows=90), rows=(10, 40), first=50),
+            Update(lora(3, 4, rows=160, columns=70), rows=(40, 96), first=14, transposed=True),
+        ],
+        "the first ranks": [
+            Update(lora(1, 8), rank_limit=3),
+            Update(lora(3, 8, rows=160, columns=96), rank_limit=5, transposed=True),
+            Update(lora(5, 8), rank_limit=20),
+        ],
+        "experts": [
+            Update(lora(1, 12, rows=48), rows=(0, 48), expert=(0, 3)),
+            Update(lora(3, 12, rows=160, columns=48), rows=(48, 96), expert=(2, 3), transposed=True),
+            Update(lora(5, 12), expert=(1, 3), rank_limit=3),
+        ],
         "a part of a difference": [Update((normal(1, 10, 160),), rows=(50, 60)), Update(lora(2, 8))],
         "factors out of balance": [
             Update((normal(1, 96, 4, spread=1e-4), normal(2, 4, 160, spread=100))),
@@ -179,8 +260,7 @@ def test_every_element_is_the_float64_sum_rounded_once(tmp_path: Path, tag: str,
     ids=lambda item: item[0],
 )
 def test_terms_of_every_kind(tmp_path: Path, updates: tuple[str, list[Update]]) -> None:
-    bench = Bench(tmp_path, normal(0, 96, 160), updates[1])
-    assert bench.run() == bench.due()
+    Bench(tmp_path, normal(0, 96, 160), updates[1]).check()
 
 
 def ties() -> tuple[NDArray[Any], Update]:
@@ -214,8 +294,36 @@ def cancelling() -> tuple[NDArray[Any], Update]:
 )
 @pytest.mark.parametrize("tag", ["F16", "BF16"])
 def test_what_rounds_badly(tmp_path: Path, base: NDArray[Any], update: Update, tag: str) -> None:
-    bench = Bench(tmp_path, base, [update], tag)
-    assert bench.run() == bench.due()
+    Bench(tmp_path, base, [update], tag).check()
+
+
+def any_values(random: np.random.Generator, shape: tuple[int, int], tag: str) -> NDArray[np.float32]:
+    """Numbers that the stored dtype `tag` holds, in float32: alike in size or of any, random or with few bits, zeros."""
+    lowest, highest = {"F16": (-26, 13), "BF16": (-136, 13), "F32": (-60, 13)}[tag]
+    spread = random.choice([0, 3, 200])
+    exponents = random.integers(lowest, highest) + random.integers(-spread, spread + 1, shape)
+    few_bits = random.choice([1, 1.5, *(one + sign * 2.0**-bits for bits in (7, 10) for one, sign in PAIRS)], shape)
+    fractions = [random.uniform(1, 2, shape), few_bits, np.ones(shape)][random.integers(3)]
+    values = np.ldexp(fractions * random.choice([-1, 1], shape), np.clip(exponents, lowest, highest))
+    values *= random.random(shape) >= random.choice([0, 0, 0.5, 1])
+    return round_once(values, tag).astype(np.float32)
+
+
+def any_update(random: np.random.Generator, height: int, width: int) -> Update:
+    """A LoRA for all or some rows and columns."""
+    rows, columns = (
+        (0, size)
+        if size < 2 or random.random() < 0.5
+        else tuple(np.sort(random.choice(size + 1, 2, replace=False)).tolist())
+        for size in (height, width)
+    )
+    rank, tag = int(random.integers(0, 20)), str(random.choice(["F16", "BF16", "F32"]))
+    tall, wide = rows[1] - rows[0], columns[1] - columns[0]
+    is_transposed = bool(random.random() < 0.3)
+    if is_transposed:
+        tall, wide = wide, tall
+    factors = any_values(random, (tall, rank), tag), any_values(random, (rank, wide), tag)
+    return Update(factors, float(random.choice([2, 2, 0.7, -0.5])), rows, columns, is_transposed, tag)
 
 
 @given(st.data())
@@ -226,12 +334,31 @@ def test_any_sum(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
         rank = data.draw(st.integers(0, 20))
         spread = 2.0 ** data.draw(st.integers(-8, 3))
         dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
-        factors = normal(seed + number, rows, rank, spread=spread, dtype=dtype), normal(seed - number, rank, columns)
+        factors = normal(seed + number, rows, rank, spread=spread, dtype=dtype), normal(seed + 100 + number, rank, columns)
         updates.append(Update(factors, data.draw(st.sampled_from([1.0, 0.7, -0.5, 1e-3]))))
-    bench = Bench(
-        tmp_path_factory.mktemp("sum"), normal(seed, rows, columns), updates, data.draw(st.sampled_from(sorted(TAGS)))
-    )
-    assert bench.run(data.draw(st.sampled_from([None, 1, 100]))) == bench.due()
+    tag, steps = data.draw(st.sampled_from(sorted(TAGS))), data.draw(st.sampled_from([[40], [1], [3]]))
+    Bench(tmp_path_factory.mktemp("sum"), normal(seed, rows, columns), updates, tag).check(steps)
+
+
+@settings(max_examples=300)
+@given(
+    *(st.integers(0, 10**6), st.sampled_from([0, 1, 2, 9, 30]), st.sampled_from([1, 2, 7, 64])),
+    *(st.sampled_from(["F16", "BF16", "F32"]), st.sampled_from(["F16", "BF16"]), st.sampled_from([None, 0, 1])),
+)
+def test_any_sum_of_numbers_of_any_size(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, height: int, width: int, source: str, tag: str, share: int
+) -> None:
+    random = np.random.default_rng(seed)
+    updates = [any_update(random, height, width) for _ in range(random.integers(0, 4))]
+    base = any_values(random, (height, width), source)
+    if random.random() < 0.5:  # nothing is left of the updates, or next to nothing
+        updates += [replace(each, weight=-each.weight) for each in updates]
+    bench = Bench(tmp_path_factory.mktemp("sum"), base, updates, tag, source)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plain, sums) if share is not None else ():
+            patch.setattr(module, "_DENSE_SHARE", share)
+        if tag == "BF16" or bench.largest() < 60000:  # the others are refused
+            bench.check([int(random.choice([1, 4, 30]))])
 
 
 class TestTheSameBytes:
@@ -241,10 +368,14 @@ class TestTheSameBytes:
         for elements in (1, 17 * 160, 96 * 160):
             assert bench.run(elements) == due
 
-    def test_summed_in_float64_from_the_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        bench = Bench(tmp_path, normal(0, 96, 160), [Update(lora(1, 16))])
-        monkeypatch.setattr(sums, "_DENSE_SHARE", 0)
-        assert bench.run(160 * 8) == bench.due()  # the first chunk finds undecided elements, the others are dense
+    @pytest.mark.parametrize("share", [0, 1])
+    def test_summed_in_float64_from_the_start_or_never(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int
+    ) -> None:
+        bench = Bench(tmp_path, normal(0, 96, 160, spread=1e-3), [Update(lora(1, 16)), Update(lora(3, 5))])
+        for module in (sums, plain):
+            monkeypatch.setattr(module, "_DENSE_SHARE", share)
+        bench.check()  # with 0 the first chunk finds undecided elements, the others are dense
 
     @pytest.mark.parametrize("seed", range(5))
     def test_with_a_blas_that_sums_in_another_order(

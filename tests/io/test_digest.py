@@ -39,12 +39,13 @@ def test_the_data_hash_leaves_out_the_header(model: Path, tmp_path: Path) -> Non
 
 def test_digests_in_the_background_come_in_order_and_pass_errors_on(model: Path, tmp_path: Path) -> None:
     other = save(tmp_path / "other.safetensors", {"x": np.ones(3)})
-    assert BackgroundDigests([model, other]).result() == [digest_file(model), digest_file(other)]
-    with pytest.raises(InputError):
-        BackgroundDigests([tmp_path / "missing"]).result()
+    with BackgroundDigests([model, other]) as digests:
+        assert digests.result() == [digest_file(model), digest_file(other)]
+    with BackgroundDigests([tmp_path / "missing"]) as digests, pytest.raises(InputError):
+        digests.result()
 
 
-def test_cancelled_digests_end(model: Path) -> None:
-    digests = BackgroundDigests([model] * 50)
-    digests.cancel()
+def test_leaving_the_block_ends_the_digests(model: Path) -> None:
+    with BackgroundDigests([model] * 50) as digests:
+        pass
     assert not digests._thread.is_alive()
