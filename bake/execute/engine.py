@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from bake.execute.plain.pipeline import PlainRun, suits
 from bake.execute.survival import NOTHING, Survival
 from bake.execute.task import Measured, Options, Target, Task
 from bake.garbage import without_collecting
@@ -15,6 +15,9 @@ from bake.io.fileset import Expected, FileSet
 from bake.io.tensorfile import TensorFile
 from bake.plan.model import FilePlan, Plan
 from bake.progress import Progress
+
+if TYPE_CHECKING:
+    from bake.execute.plain.pipeline import PlainRun
 
 _COPY_BUFFER = 4 * 1024 * 1024
 
@@ -39,7 +42,12 @@ class Execution:
         files = FileSet([Expected(source.path, source.size, source.modified) for source in plan.inputs])
         self._task = Task(plan, targets, files, options, progress, outgrows_memory(plan))
         self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
-        self._plain = PlainRun(self._task) if self._computes and suits(plan, options.device) else None
+        self._plain: PlainRun | None = None
+        if self._computes:
+            from bake.execute.plain.pipeline import PlainRun, suits  # brings NumPy
+
+            if suits(plan, options.device):
+                self._plain = PlainRun(self._task)
 
     def run(self) -> Measured:
         """Write the data section of every file; return what survived of the updates, and what was clamped.

@@ -25,7 +25,7 @@ _UNIT64 = 2.0**-53
 _SMALLEST_NORM = 2.0**-50  # norms below it count as it: their products are lost in float32
 _NORM_MARGIN = 1 + 2.0**-10  # for the rounding of the norms, and of what is made of them
 _PIECE_ELEMENTS = 64 * 1024  # that are rounded at a time: their buffers stay in a core's cache
-_DENSE_SHARE = 1 / 128  # with more undecided elements than this, of all, float64 for all of them is cheaper
+_DENSE_SHARE = 1 / 200  # with more undecided elements than this, of all, float64 for all of them is cheaper
 _GATHERED = 64 * 1024  # products that are summed by halves at a time
 
 
