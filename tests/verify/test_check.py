@@ -81,6 +81,25 @@ def test_an_error_of_one_unit_in_the_last_place_is_found(baked) -> None:
     assert not check_output(output, base, [(lora, 0.8)], full=True).ok
 
 
+def test_the_wrong_side_of_a_tie_is_found(tmp_path: Path) -> None:
+    """Sums in the middle of two halves: within float64's error either side would do, but only one is defined."""
+    halves = (1 + np.arange(64) / 1024).astype(np.float16).reshape(8, 8)
+    base = save(tmp_path / "base.safetensors", {"a.weight": halves})
+    factors = {"a.lora_B.weight": np.full((8, 1), 2.0**-6), "a.lora_A.weight": np.full((1, 8), 2.0**-5)}
+    lora = save(tmp_path / "lora.safetensors", {name: array.astype(np.float16) for name, array in factors.items()})
+    output = tmp_path / "out.safetensors"
+    assert fuse(base, [lora], output, verify="full").report.equal == 64
+    content = output.read_bytes()
+    due = np.frombuffer(content[-128:], np.uint16)
+    assert (due % 2 == 0).all()
+    for place, other in ((0, 1), (1, -1)):  # rounded down, rounded up
+        wrong = due.copy()
+        wrong[place] = int(due[place]) + other
+        output.write_bytes(content[:-128] + wrong.tobytes())
+        report = check_output(output, base, [lora], full=True)
+        assert [finding.split(": ")[0] for finding in report.findings] == ["a.weight"]
+
+
 @pytest.mark.parametrize("weight", [0.81, -0.8, 0.0])
 def test_another_weight_is_found_even_by_the_sample(baked, weight: float) -> None:
     base, lora, output = baked
