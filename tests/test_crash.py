@@ -54,7 +54,10 @@ main(words)
 """
 
 # With torch, and without, in processes.
-WORKERS = {"bake.execute.worker": ("--rounding", "stochastic"), "bake.execute.plain.pipeline": ("--rounding", "nearest")}
+WORKERS = {
+    "bake.execute.worker": ("--rounding", "stochastic"),
+    "bake.execute.plain.pipeline": ("--rounding", "nearest"),
+}
 
 POINTS = [
     *(("bake.io.draft._create", 1, "before"), ("bake.io.draft._create", 1, "after")),

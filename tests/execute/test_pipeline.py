@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bake.api import fuse
 from bake.errors import UsageError
-from bake.execute import chunk, parts, pipeline, sums
+from bake.execute import chunk, parts, pipeline
 from bake.execute.chunk import Chunk
 from bake.execute.device import Desk, Device
 from bake.execute.plain import pipeline as plain_pipeline

@@ -31,7 +31,7 @@ from bake.execute.plain.pipeline import _is_plain
 from bake.execute.plain.rounding import TooLarge
 from bake.execute.rounding import Nearest
 from bake.execute.sums import Sum
-from bake.execute.survival import NOTHING, SAMPLED_ROWS, Survival
+from bake.execute.survival import NOTHING, Survival
 from bake.io.fileset import Expected, FileSet
 from bake.plan.model import Stored, TensorPlan, Term
 from bake.verify.rounding import round_once
@@ -298,7 +298,7 @@ def test_what_rounds_badly(tmp_path: Path, base: NDArray[Any], update: Update, t
 
 
 def any_values(random: np.random.Generator, shape: tuple[int, int], tag: str) -> NDArray[np.float32]:
-    """Numbers that the stored dtype `tag` holds, in float32: alike in size or of any, random or with few bits, zeros."""
+    """Numbers that the stored dtype `tag` holds: alike in size or of any, random or with few bits, some zero."""
     lowest, highest = {"F16": (-26, 13), "BF16": (-136, 13), "F32": (-60, 13)}[tag]
     spread = random.choice([0, 3, 200])
     exponents = random.integers(lowest, highest) + random.integers(-spread, spread + 1, shape)
@@ -334,7 +334,8 @@ def test_any_sum(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
         rank = data.draw(st.integers(0, 20))
         spread = 2.0 ** data.draw(st.integers(-8, 3))
         dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
-        factors = normal(seed + number, rows, rank, spread=spread, dtype=dtype), normal(seed + 100 + number, rank, columns)
+        up = normal(seed + number, rows, rank, spread=spread, dtype=dtype)
+        factors = up, normal(seed + 100 + number, rank, columns)
         updates.append(Update(factors, data.draw(st.sampled_from([1.0, 0.7, -0.5, 1e-3]))))
     tag, steps = data.draw(st.sampled_from(sorted(TAGS))), data.draw(st.sampled_from([[40], [1], [3]]))
     Bench(tmp_path_factory.mktemp("sum"), normal(seed, rows, columns), updates, tag).check(steps)
