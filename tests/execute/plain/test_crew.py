@@ -284,7 +284,7 @@ except UsageError as error:
 def test_processes_end_with_the_one_they_belong_to(number: int) -> None:
     program = """
 def work(shift):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once
     time.sleep(60)
 
 start(2, 2, work)
