@@ -430,6 +430,19 @@ class TestTheSameBytes:
             assert bench.run() == bench.due()
 
 
+@pytest.mark.parametrize("tag", ["F16", "BF16"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_what_survives_is_measured_on_every_16th_row_of_the_tensor(tmp_path: Path, kind: type, tag: str) -> None:
+    bench = Bench(tmp_path, normal(0, 96, 160, dtype=kind), [Update(lora(1, 8, spread=0.02))], tag)
+    sampled = bench.exact()[::16]
+    update = sampled - bench.base[::16]
+    written = round_once(sampled, tag) - round_once(bench.base[::16].astype(np.float64), tag)
+    due = [np.square(update).sum(), np.square(update - written).sum(), (update * written).sum()]
+    for step in (5, 13, 16, 96):
+        found = bench.run_plain(step)[1]
+        assert [found.update, found.lost, found.along] == pytest.approx(due, rel=1e-3)
+
+
 def test_pairs_out_of_balance_do_not_widen_the_bound() -> None:
     pairs = [(torch.full((3, 2), high), torch.full((2, 4), 1 / high)) for high in (1e6, 1e-6)]
     tall, wide = sums._norms(pairs)
