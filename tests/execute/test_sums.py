@@ -421,6 +421,22 @@ class TestTheSameBytes:
         assert bench.run(160 * 8) == bench.due()
         assert tried == [8]
 
+    def test_float64_leaves_next_to_nothing_open_once_float32_left_too_much(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench = Bench(tmp_path, normal(0, 96, 160, spread=1e-3), [Update(lora(1, 128, spread=1.0))])
+        open_places: list[int] = []
+        original = plain.Sum._recompute
+
+        def counted(self: plain.Sum, places: NDArray[np.intp], *rest: Any) -> None:
+            open_places.append(len(places))
+            original(self, places, *rest)
+
+        monkeypatch.setattr(plain.Sum, "_recompute", counted)
+        assert bench.run_plain(8)[0] == bench.due()
+        assert open_places[0] > 8 * 160 / 20
+        assert max(open_places[1:]) < 8 * 160 / 20
+
     def test_where_float32_overflows_on_the_way(self, tmp_path: Path) -> None:
         up, down = normal(1, 96, 4, dtype=np.float32) * np.float32(1e30), normal(2, 4, 160, dtype=np.float32)
         update = Update((up, down * np.float32(1e-30)), 1e9)
