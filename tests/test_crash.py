@@ -13,9 +13,10 @@ import pytest
 from models import sd1_pair
 from support import ROOT, bake, drafts, load
 
-# Runs bake with one function replaced: at its n-th call the process is killed, before or after the work.
+# Runs bake with one function replaced: at its n-th call in any process bake is killed, before or after the work.
 DRIVER = """
 import importlib, os, signal, sys
+bake = os.getpid()
 where, number, moment, *words = sys.argv[1:]
 module, _, name = where.rpartition(".")
 owner = importlib.import_module(module)
@@ -25,10 +26,10 @@ def counted(*arguments, **named):
     global calls
     calls += 1
     if calls == int(number) and moment == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(bake, signal.SIGKILL)
     result = original(*arguments, **named)
     if calls == int(number) and moment == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(bake, signal.SIGKILL)
     return result
 
 setattr(owner, name, counted)
@@ -38,23 +39,30 @@ main(words)
 
 # Writes slowly, so that a signal from outside arrives in the middle.
 SLOW = """
-import sys, time
-import bake.execute.worker as worker
+import importlib, sys, time
+where, *words = sys.argv[1:]
+worker = importlib.import_module(where)
 write = worker.write_at
 
 def slow(*arguments):
-    time.sleep(0.2)
+    time.sleep(0.3)
     write(*arguments)
 
 worker.write_at = slow
 from bake.cli import main
-main(sys.argv[1:])
+main(words)
 """
+
+# With torch, and without, in processes.
+WORKERS = {
+    "bake.execute.worker": ("--rounding", "stochastic"),
+    "bake.execute.plain.pipeline": ("--rounding", "nearest"),
+}
 
 POINTS = [
     *(("bake.io.draft._create", 1, "before"), ("bake.io.draft._create", 1, "after")),
     *(("bake.execute.engine.copy_range", 1, "before"), ("bake.execute.engine.copy_range", 3, "after")),
-    *(("bake.execute.worker.write_at", 1, "before"), ("bake.execute.worker.write_at", 4, "after")),
+    *((f"{worker}.write_at", number, moment) for worker in WORKERS for number, moment in ((1, "before"), (3, "after"))),
     *(("bake.api._write_headers", 1, "before"), ("bake.api._write_headers", 1, "after")),
     *(("bake.api.check_files", 1, "before"), ("bake.api.check_files", 1, "after")),
     *(("os.fsync", 1, "before"), ("os.fsync", 1, "after"), ("os.replace", 1, "before")),
@@ -68,6 +76,7 @@ def run(driver: str, *words: object) -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,  # its group is that of its workers alone
     )
 
 
@@ -81,7 +90,8 @@ def test_a_killed_run_leaves_the_old_output_or_none(
     output = tmp_path / "out.safetensors"
     if existing:
         output.write_bytes(b"old")
-    words = ("fuse", base, "-l", lora, "-o", output, "--overwrite")
+    rounding = WORKERS.get(where.rpartition(".")[0], ())
+    words = ("fuse", base, "-l", lora, "-o", output, "--overwrite", "--device", "cpu", *rounding)
     process = run(DRIVER, where, number, moment, *words)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
@@ -105,17 +115,22 @@ def test_killed_after_the_rename_the_new_output_is_complete(tmp_path: Path) -> N
     assert not drafts(tmp_path)
 
 
+@pytest.mark.parametrize("is_for_all", [False, True], ids=["bake alone", "its group, as Ctrl-C"])
+@pytest.mark.parametrize("worker", WORKERS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_polite_signal_stops_the_run_and_cleans_up(tmp_path: Path, number: int, code: int) -> None:
+def test_a_polite_signal_stops_the_run_and_cleans_up(
+    tmp_path: Path, number: int, code: int, worker: str, is_for_all: bool
+) -> None:
     base, lora, _ = sd1_pair(tmp_path)
     output = tmp_path / "out.safetensors"
     output.write_bytes(b"old")
-    process = run(SLOW, "fuse", base, "-l", lora, "-o", output, "--overwrite", "--threads", 1)
+    words = ("fuse", base, "-l", lora, "-o", output, "--overwrite", "--threads", 1, "--device", "cpu")
+    process = run(SLOW, worker, *words, *WORKERS[worker])
     deadline = time.monotonic() + 30
     while not drafts(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    os.kill(process.pid, number)
+    (os.killpg if is_for_all else os.kill)(process.pid, number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert out == ""
