@@ -13,8 +13,9 @@ import pytest
 from support import ROOT, drafts
 
 from bake.errors import NoSpace, OutputBusy, OutputExists, OutputRefused, SameFile
-from bake.io import draft as module
-from bake.io.draft import Draft, check_target
+from bake.io import moves as module
+from bake.io.draft import Draft
+from bake.io.target import check_target
 
 
 def check(target: Path, inputs=(), is_folder: bool = False, overwrite: bool = False, needed: int = 100) -> Path:
@@ -103,7 +104,7 @@ class TestFiles:
     def test_published_bytes_replace_the_old_file(self, tmp_path: Path) -> None:
         place = tmp_path / "out"
         place.write_bytes(b"old")
-        with Draft(place, {"": 3}) as draft:
+        with Draft(place, {"": 3}, overwrite=True) as draft:
             draft.file("").write_bytes(b"new")
             assert place.read_bytes() == b"old"
             draft.publish()
@@ -113,7 +114,7 @@ class TestFiles:
     def test_an_error_leaves_the_old_file_and_no_litter(self, tmp_path: Path) -> None:
         place = tmp_path / "out"
         place.write_bytes(b"old")
-        with pytest.raises(RuntimeError), Draft(place, {"": 100}):
+        with pytest.raises(RuntimeError), Draft(place, {"": 100}, overwrite=True):
             raise RuntimeError
         assert place.read_bytes() == b"old"
         assert not drafts(tmp_path)
@@ -140,8 +141,8 @@ class TestFiles:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, "posix_fallocate", refuse)
-        with pytest.raises(kind):
-            Draft(tmp_path / "out", {"": 100})
+        with pytest.raises(kind), Draft(tmp_path / "out", {"": 100}):
+            pass
         assert not drafts(tmp_path)
 
     def test_a_file_system_without_reservation_gets_an_empty_file_of_the_size(
@@ -164,7 +165,7 @@ class TestFiles:
         def fail(*arguments: object) -> None:
             raise OSError(errno.EIO, "broken disk")
 
-        with Draft(place, {"": 3}) as draft:
+        with Draft(place, {"": 3}, overwrite=True) as draft:
             monkeypatch.setattr(os, call, fail)
             with pytest.raises(OutputRefused, match="broken disk"):
                 draft.publish()
@@ -177,7 +178,7 @@ class TestLocks:
         with Draft(tmp_path / "out", {"": 10}) as draft:
             other = subprocess.run(
                 [sys.executable, "-c", f"from bake.io.draft import Draft; from pathlib import Path; "
-                 f"Draft(Path({str(tmp_path / 'out')!r}), {{'': 5}})"],
+                 f"Draft(Path({str(tmp_path / 'out')!r}), {{'': 5}}).__enter__()"],
                 cwd=ROOT, capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert "OutputBusy" in other.stderr
@@ -220,7 +221,7 @@ class TestFolders:
         place = make_model(tmp_path / "out")
         if not in_one_step:
             monkeypatch.setattr(module.sys, "platform", "darwin")
-        with Draft(place, {"unet/a.safetensors": 3, "b.safetensors": 3}) as draft:
+        with Draft(place, {"unet/a.safetensors": 3, "b.safetensors": 3}, overwrite=True) as draft:
             draft.file("unet/a.safetensors").write_bytes(b"new")
             assert (place / "old.safetensors").exists()
             draft.publish()
@@ -231,7 +232,7 @@ class TestFolders:
     def test_a_run_killed_between_the_two_steps_is_undone_by_the_next(self, tmp_path: Path) -> None:
         place = make_model(tmp_path / "out")
         place.rename(tmp_path / ".out.bake-old")
-        with pytest.raises(RuntimeError), Draft(place, {"a": 1}):
+        with pytest.raises(RuntimeError), Draft(place, {"a": 1}, overwrite=True):
             raise RuntimeError
         assert (place / "old.safetensors").read_bytes() == b"old"
         assert not drafts(tmp_path)
@@ -244,7 +245,7 @@ class TestFolders:
 
     def test_an_error_removes_the_whole_draft(self, tmp_path: Path) -> None:
         place = make_model(tmp_path / "out")
-        with pytest.raises(RuntimeError), Draft(place, {"a": 1}):
+        with pytest.raises(RuntimeError), Draft(place, {"a": 1}, overwrite=True):
             raise RuntimeError
         assert (place / "old.safetensors").read_bytes() == b"old"
         assert not drafts(tmp_path)
