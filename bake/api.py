@@ -17,7 +17,7 @@ from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute, outgro
 from bake.interrupts import finished, uninterrupted
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft
-from bake.io.files import copy_file, inputs_only, open_for_writing, write_at
+from bake.io.files import copy_file, inputs_only, open_for_writing, write_at, write_file
 from bake.io.fileset import Expected, FileSet
 from bake.io.header import TensorInfo, build_header
 from bake.io.known import Digest
@@ -300,7 +300,7 @@ def _write_side_files(plan: Plan, draft: Draft) -> None:
         path = draft.file(side.relative)
         path.parent.mkdir(parents=True, exist_ok=True)
         if side.content is not None:
-            path.write_text(side.content, encoding="utf-8")
+            write_file(path, side.content.encode())
         elif side.source is not None:
             copy_file(side.source, path)
 

@@ -20,6 +20,15 @@ settings.load_profile("bake")
 _BIG_FREE_BYTES = 30 * 10**9
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--runs",
+        type=int,
+        default=200,
+        help="How many points of a run crash tests kill, interrupt and disturb, in all kinds of runs together.",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What bake remembers between runs is kept apart from the user's, also by the processes that tests start."""

@@ -10,6 +10,7 @@ from types import TracebackType
 from bake.errors import OutputRefused
 from bake.interrupts import uninterrupted
 from bake.io.draft import Draft
+from bake.io.files import open_for_writing, write_at
 from bake.io.fileset import Expected, FileSet
 from bake.io.header import TensorInfo, build_header, lay_out
 from bake.io.target import check_target, refusal_of
@@ -110,7 +111,11 @@ class EmbeddingFiles:
         files = _inputs_of(self._plan)
         for embedding in self._plan.embeddings:
             if embedding.file is not None:
-                self._drafts[embedding.file].path.write_bytes(_content(embedding, files))
+                output = open_for_writing(self._drafts[embedding.file].path)
+                try:
+                    write_at(output, memoryview(_content(embedding, files)), 0)
+                finally:
+                    os.close(output)
 
     def seal(self) -> None:
         """Bring every file to the disk. Raises OutputRefused if the disk refuses."""

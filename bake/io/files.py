@@ -177,10 +177,21 @@ def copy_range(
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a whole file to `target`, new or not; raises InputError, and OSError for the target."""
-    with reading(source) as fd:
-        output = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            copy_range(fd, 0, status_of(fd, source).st_size, output, 0, source, lambda count: None)
-        finally:
-            os.close(output)
+    """Copy the bytes of a whole file to `target`, which is new; raises InputError, and OSError for the target."""
+    with reading(source) as fd, _creating(target) as output:
+        copy_range(fd, 0, status_of(fd, source).st_size, output, 0, source, lambda count: None)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Make a file; raises OSError."""
+    with _creating(path) as output:
+        write_at(output, memoryview(content), 0)
+
+
+@contextmanager
+def _creating(path: Path) -> Iterator[int]:
+    output = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        yield output
+    finally:
+        os.close(output)
