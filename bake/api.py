@@ -224,7 +224,7 @@ def _verified(
     try:
         report = check_files(plan, paths, verify == "full", progress, beside.paths)
     except InputError as error:
-        if error.details.get("path") not in {str(path) for path in paths.values()}:
+        if error.details.get("path") not in {str(path) for path in (*paths.values(), *beside.paths.values())}:
             raise
         raise VerificationFailed(
             f"{output} was not written: its finished draft cannot be read back: {error.message}", path=str(output)

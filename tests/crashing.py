@@ -7,7 +7,6 @@ it answers orders, one JSON object a line.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import multiprocessing
 import os
@@ -71,7 +70,8 @@ class Ran:
     code: int  # negative: the signal that killed it
     out: str
     err: str
-    events: dict[str, list[str]] = field(default_factory=dict)  # kind -> paths, in the order of the calls
+    # kind -> paths, in the order of the calls; with a fault only what it struck, as "struck"
+    events: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Events:
@@ -107,16 +107,21 @@ class Events:
                 _write(self._log, f"{kind} {path}\n".encode())
                 return call(*arguments, **named)
             if self._is_after.value or (kind == fault.kind and number == fault.number):
-                return self._strike(kind, call, arguments, named)
+                _write(self._log, f"struck {path}\n".encode())
+                return self._strike(kind, path, call, arguments, named)
             return call(*arguments, **named)
 
         return counted
 
-    def _strike(self, kind: str, call: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def _strike(
+        self, kind: str, path: str, call: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
         fault = self._order.fault
         assert fault is not None
+        if fault.again:
+            self._is_after.value = 1
         if fault.action == "fail":
-            raise OSError(fault.code, os.strerror(fault.code))
+            raise OSError(fault.code, os.strerror(fault.code), path)
         if fault.action == "short" or fault.moment == "half":
             arguments = _halved(kind, arguments)
         result = call(*arguments, **named) if fault.moment != "before" else None
@@ -124,8 +129,6 @@ class Events:
             os.kill(self._main, signal.SIGKILL)
             time.sleep(60)  # a child of the run ends with it
         if fault.action == "signal":
-            if fault.again:
-                self._is_after.value = 1
             os.kill(self._main, fault.code)
         return call(*arguments, **named) if fault.moment == "before" else result
 
@@ -188,6 +191,41 @@ class Server:
         self._process.communicate()
 
 
+# Runs bake in a session of its own and writes slowly, so that a signal from outside arrives in the middle.
+SLOW = """
+import os, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+write = os.pwrite
+
+def slow(*arguments):
+    time.sleep(0.2)
+    return write(*arguments)
+
+os.pwrite = slow
+from bake.cli import run
+run()
+"""
+
+
+def slow_run(*words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def wait_for_draft(folder: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not list(folder.glob(".*bake-draft")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def serve(folder: Path) -> None:
     """Answer orders until there are no more."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -217,6 +255,7 @@ def serve(folder: Path) -> None:
 def _answer(order: Order, out: Path, err: Path, log: Path) -> None:
     """The child: a run of bake that ends the process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.close(0)
@@ -228,10 +267,6 @@ def _answer(order: Order, out: Path, err: Path, log: Path) -> None:
     with contextlib.suppress(BaseException):
         cli.run()
     os._exit(70)  # run does not return
-
-
-def name_of(code: int) -> str:
-    return errno.errorcode.get(code, str(code))
 
 
 if __name__ == "__main__":

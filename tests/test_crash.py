@@ -12,28 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crashing import Fault, Server
+from crashing import Fault, Server, slow_run, wait_for_draft
 from models import sd1_pair
-from scenes import KINDS, Scene, prepare, state
+from scenes import Scene, prepare, state
 from support import ROOT, bake, bake_process, drafts, load
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and forks a process with torch")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("server"))
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def scene(request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return prepare(server, request.param, tmp_path_factory.mktemp("scene"))
 
 
 def check_after_a_kill(scene: Scene, folder: Path, words: str) -> None:
@@ -60,11 +45,8 @@ def check_after_a_kill(scene: Scene, folder: Path, words: str) -> None:
     assert state(folder) == scene.after, words
 
 
-def test_a_killed_run_leaves_the_old_output_or_the_new_one(
-    scene: Scene, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    runs = request.config.getoption("--runs")
-    for kind, number, moment in scene.points(max(1, runs // len(KINDS))):
+def test_a_killed_run_leaves_the_old_output_or_the_new_one(scene: Scene, tmp_path: Path, runs: int) -> None:
+    for kind, number, moment in scene.points(runs):
         folder = scene.copy(tmp_path)
         ran = scene.run(folder, Fault(kind, number, "kill", moment))
         assert ran.code in (-signal.SIGKILL, 0), ran
@@ -117,41 +99,6 @@ def test_no_process_of_a_killed_run_goes_on_writing(tmp_path: Path) -> None:
     assert not left
 
 
-# Runs bake in a group of its own and writes slowly, so that a signal from outside arrives in the middle.
-SLOW = """
-import os, signal, sys, time
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-write = os.pwrite
-
-def slow(*arguments):
-    time.sleep(0.2)
-    return write(*arguments)
-
-os.pwrite = slow
-from bake.cli import run
-run()
-"""
-
-
-def slow_run(*words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, words)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def wait_for_draft(folder: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not drafts(folder) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def processes_of(session: int) -> list[int]:
     """Processes, but dead ones, of the session that a process began."""
     found = []
@@ -166,9 +113,7 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def test_a_real_process_killed_at_any_time_leaves_the_old_output_or_the_new_one(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_real_process_killed_at_any_time_leaves_the_old_output_or_the_new_one(tmp_path: Path, runs: int) -> None:
     base, lora, _ = sd1_pair(tmp_path)
     output = tmp_path / "out.safetensors"
     words = ("fuse", base, "-l", lora, "-o", output, "--overwrite")
@@ -178,7 +123,7 @@ def test_a_real_process_killed_at_any_time_leaves_the_old_output_or_the_new_one(
     new = output.read_bytes()
     inputs = base.read_bytes(), lora.read_bytes()
     times = random.Random(1)
-    for _ in range(max(2, request.config.getoption("--runs") // 50)):
+    for _ in range(max(2, runs // 8)):
         output.write_bytes(b"old")
         process = subprocess.Popen(
             [sys.executable, "-m", "bake", *map(str, words)],

@@ -126,12 +126,24 @@ class EmbeddingFiles:
         """Put every file into its place. Raises OutputRefused if the system refuses."""
         for draft in self._drafts.values():
             is_added = not draft.place.exists()
-            draft.publish()
-            if is_added:
-                self._added.append(draft.place)
+            try:
+                draft.publish()
+            except OutputRefused as error:
+                if not draft.is_published:
+                    raise
+                raise OutputRefused(
+                    f"{self._folder}: the system failed: {error.details['reason']}; the output was not written",
+                    path=str(self._folder),
+                ) from None
+            finally:
+                if is_added and draft.is_published:
+                    self._added.append(draft.place)
 
     def withdraw(self) -> None:
-        """Remove the files that are new: the output that they belong to did not get into its place."""
+        """Remove the files that are new: the output that they belong to did not get into its place.
+
+        Those that replaced older ones stay.
+        """
         for place in self._added:
             with suppress(OSError):  # what is raised already matters more
                 place.unlink()

@@ -86,6 +86,10 @@ class Draft:
             owned = False
             try:
                 owned = self._owns(descriptor, made is not None)
+            except OSError:
+                if made is not None:
+                    remove(self.path)
+                raise
             finally:
                 if not owned:
                     os.close(descriptor)
@@ -170,10 +174,11 @@ class Draft:
                 if old is not None:
                     remove(old)
             except OSError as error:
+                reason = f"{error.strerror or error} ({error.filename or self.place.parent})"
                 raise OutputRefused(
-                    f"{self.place} is complete and in place, but the system failed after that: "
-                    f"{error.strerror or error} ({error.filename or self.place.parent})",
+                    f"{self.place} is complete and in place, but the system failed after that: {reason}",
                     path=str(self.place),
+                    reason=reason,
                 ) from None
             finally:
                 self._release()
@@ -233,9 +238,15 @@ def _make_folder(path: Path) -> int | None:
     """A descriptor of the new folder `path` (Windows has none: of nothing); None if the name is taken."""
     try:
         path.mkdir()
-        return os.open(path if _CAN_LOCK else os.devnull, os.O_RDONLY)
-    except (FileExistsError, FileNotFoundError):  # not found: another run took it for a leftover
+    except FileExistsError:
         return None
+    try:
+        return os.open(path if _CAN_LOCK else os.devnull, os.O_RDONLY)
+    except FileNotFoundError:  # another run took it for a leftover
+        return None
+    except OSError:
+        path.rmdir()
+        raise
 
 
 def _make_file(path: Path) -> int | None:

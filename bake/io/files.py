@@ -38,7 +38,8 @@ def inputs_only() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
+        path = str(error.filename)
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}", path=path) from None
 
 
 def status_of(fd: int, path: Path) -> os.stat_result:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bake.errors import NoSpace, OutputExists, OutputRefused, SameFile
+from bake.io.files import inputs_only
 from bake.sizes import format_bytes
 
 _DRAFT_SUFFIX = ".bake-draft"
@@ -61,14 +62,7 @@ def is_taken(place: Path) -> bool:
 def lies_in(path: Path, folder: Path) -> bool:
     """True if `path` is `folder` or lies inside it, whatever they are called: by links, other case or mounts too."""
     real = Path(os.path.realpath(path))
-    return any(_is_same(each, folder) for each in (real, *real.parents))
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    return any(each.exists() and each.samefile(folder) for each in (real, *real.parents))
 
 
 def _check_parent(target: Path, parent: Path) -> None:
@@ -83,14 +77,16 @@ def _check_parent(target: Path, parent: Path) -> None:
 def _check_inputs(target: Path, place: Path, inputs: Iterable[Path]) -> None:
     """Raise SameFile if an input is what will be replaced or removed, or lies inside it."""
     names = {place: target, draft_of(place): draft_of(place), aside_of(place): aside_of(place)}
-    written = [each for each in names if each.exists()]
+    written = {each: each.stat() for each in names if each.exists()}
     checked: set[Path] = set()  # thousands of shards lie in one folder
     for source in inputs if written else ():
         real = Path(os.path.realpath(source))
         around = {real, *real.parents} - checked
         checked |= around
-        for each in written:
-            if any(_is_same(path, each) for path in around):
+        with inputs_only():
+            read = [path.stat() for path in around if path.exists()]
+        for each, status in written.items():
+            if any(os.path.samestat(status, other) for other in read):
                 raise SameFile(
                     f"{names[each]} is, or contains, the input {source}; choose another output", path=str(target)
                 )

@@ -9,7 +9,17 @@ from typing import Protocol
 
 from bake.dtypes import decode_scalar
 from bake.errors import InputError, Unsupported
-from bake.io.files import close_input, forget, open_for_reading, prefetch, read_bytes, read_into, reading, status_of
+from bake.io.files import (
+    close_input,
+    forget,
+    inputs_only,
+    open_for_reading,
+    prefetch,
+    read_bytes,
+    read_into,
+    reading,
+    status_of,
+)
 from bake.io.header import Header, TensorInfo, header_length, parse_header
 
 _FEW = 64  # numbers that are read while planning
@@ -100,7 +110,9 @@ def open_tensors(path: Path) -> TensorFile:
     Raises InputError for what cannot be read, HeaderError for a malformed safetensors file,
     PickleRefused for a pickle that wants code, Unsupported for formats that bake knows only by name.
     """
-    if path.is_dir():
+    with inputs_only():
+        is_folder = path.is_dir()
+    if is_folder:
         raise InputError(f"{path} is a folder, a file was expected", path=str(path))
     with reading(path) as fd:
         start = read_bytes(fd, 0, min(9, status_of(fd, path).st_size), path)
