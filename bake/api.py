@@ -230,6 +230,7 @@ def _verified(
             f"{output} was not written: its finished draft cannot be read back: {error.message}", path=str(output)
         ) from None
     if not report.ok:
+        _check_unchanged(plan)  # which would be why
         raise VerificationFailed(
             f"{output} was not written: the finished draft is not what was planned.\n{report.summary()}",
             **report.to_json(),

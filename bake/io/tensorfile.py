@@ -111,9 +111,11 @@ def open_tensors(path: Path) -> TensorFile:
     PickleRefused for a pickle that wants code, Unsupported for formats that bake knows only by name.
     """
     with inputs_only():
-        is_folder = path.is_dir()
+        is_folder, is_file = path.is_dir(), path.is_file()
     if is_folder:
         raise InputError(f"{path} is a folder, a file was expected", path=str(path))
+    if not is_file and path.exists():  # a pipe: reading one would wait for ever
+        raise InputError(f"{path} is not a regular file; save it to one first", path=str(path))
     with reading(path) as fd:
         start = read_bytes(fd, 0, min(9, status_of(fd, path).st_size), path)
     if start[:4] == b"GGUF":

@@ -12,14 +12,9 @@ from pathlib import Path
 import pytest
 from support import ROOT, drafts
 
-from bake.errors import NoSpace, OutputBusy, OutputExists, OutputRefused, SameFile
+from bake.errors import NoSpace, OutputBusy, OutputRefused
 from bake.io import moves as module
 from bake.io.draft import Draft
-from bake.io.target import check_target
-
-
-def check(target: Path, inputs=(), is_folder: bool = False, overwrite: bool = False, needed: int = 100) -> Path:
-    return check_target(target, inputs, is_folder, overwrite, needed)
 
 
 def make_model(folder: Path) -> Path:
@@ -27,77 +22,6 @@ def make_model(folder: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "old.safetensors").write_bytes(b"old")
     return folder
-
-
-class TestTargets:
-    def test_a_free_place_is_accepted(self, tmp_path: Path) -> None:
-        assert check(tmp_path / "out.safetensors") == tmp_path / "out.safetensors"
-
-    def test_a_link_is_followed(self, tmp_path: Path) -> None:
-        (tmp_path / "real").mkdir()
-        (tmp_path / "out.safetensors").symlink_to(tmp_path / "real" / "x.safetensors")
-        assert check(tmp_path / "out.safetensors") == tmp_path / "real" / "x.safetensors"
-
-    def test_an_existing_output_needs_overwrite(self, tmp_path: Path) -> None:
-        (tmp_path / "out").write_bytes(b"old")
-        with pytest.raises(OutputExists, match="--overwrite"):
-            check(tmp_path / "out")
-        assert check(tmp_path / "out", overwrite=True)
-
-    def test_an_empty_folder_is_free(self, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
-        assert check(tmp_path / "out", is_folder=True)
-
-    def test_a_folder_that_is_no_model_is_never_replaced(self, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.txt").write_text("years of work")
-        with pytest.raises(OutputExists, match="does not look like a model"):
-            check(tmp_path / "out", is_folder=True, overwrite=True)
-
-    @pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])
-    def test_an_input_is_no_output(self, tmp_path: Path, how: str) -> None:
-        base = tmp_path / "base.safetensors"
-        base.write_bytes(b"weights")
-        target = base if how == "same" else tmp_path / "out.safetensors"
-        if how == "symlink":
-            target.symlink_to(base)
-        if how == "hardlink":
-            target.hardlink_to(base)
-        with pytest.raises(SameFile):
-            check(target, [base], overwrite=True)
-
-    def test_a_folder_that_holds_an_input_is_no_output(self, tmp_path: Path) -> None:
-        folder = make_model(tmp_path / "model")
-        with pytest.raises(SameFile):
-            check(folder, [folder / "old.safetensors"], is_folder=True, overwrite=True)
-
-    def test_the_folder_of_the_output_must_exist(self, tmp_path: Path) -> None:
-        with pytest.raises(OutputRefused, match="does not exist"):
-            check(tmp_path / "no" / "out")
-
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_a_folder_without_permission_is_refused(self, tmp_path: Path) -> None:
-        tmp_path.chmod(0o500)
-        with pytest.raises(OutputRefused, match="no permission"):
-            check(tmp_path / "out")
-
-    def test_a_disk_that_is_too_small_is_refused_before_any_work(self, tmp_path: Path) -> None:
-        with pytest.raises(NoSpace, match="free") as caught:
-            check(tmp_path / "out", needed=10**18)
-        assert caught.value.details["needed"] == 10**18
-
-    def test_a_folder_in_the_place_of_a_file_and_the_reverse_are_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "folder").mkdir()
-        (tmp_path / "file").touch()
-        with pytest.raises(OutputRefused, match="not a regular file"):
-            check(tmp_path / "folder", overwrite=True)
-        with pytest.raises(OutputRefused, match="is a file"):
-            check(tmp_path / "file", is_folder=True, overwrite=True)
-
-    def test_a_pipe_is_no_output(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(OutputRefused, match="not a regular file"):
-            check(tmp_path / "pipe", overwrite=True)
 
 
 class TestFiles:
