@@ -70,8 +70,8 @@ class Ran:
     code: int  # negative: the signal that killed it
     out: str
     err: str
-    # kind -> paths, in the order of the calls; with a fault only what it struck, as "struck"
-    events: dict[str, list[str]] = field(default_factory=dict)
+    # (kind, path) of every call, in order; with a fault only what it struck
+    calls: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Events:
@@ -107,7 +107,7 @@ class Events:
                 _write(self._log, f"{kind} {path}\n".encode())
                 return call(*arguments, **named)
             if self._is_after.value or (kind == fault.kind and number == fault.number):
-                _write(self._log, f"struck {path}\n".encode())
+                _write(self._log, f"{kind} {path}\n".encode())
                 return self._strike(kind, path, call, arguments, named)
             return call(*arguments, **named)
 
@@ -122,7 +122,7 @@ class Events:
             self._is_after.value = 1
         if fault.action == "fail":
             raise OSError(fault.code, os.strerror(fault.code), path)
-        if fault.action == "short" or fault.moment == "half":
+        if kind in PARTIAL and (fault.action == "short" or fault.moment == "half"):
             arguments = _halved(kind, arguments)
         result = call(*arguments, **named) if fault.moment != "before" else None
         if fault.action == "kill":
@@ -245,11 +245,8 @@ def serve(folder: Path) -> None:
         if child == 0:
             _answer(order, out, err, log)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        events: dict[str, list[str]] = {}
-        for entry in log.read_text().splitlines():
-            kind, _, path_text = entry.partition(" ")
-            events.setdefault(kind, []).append(path_text)
-        print(json.dumps(asdict(Ran(code, out.read_text(), err.read_text(), events))), flush=True)
+        calls = [(kind, path) for kind, _, path in (entry.partition(" ") for entry in log.read_text().splitlines())]
+        print(json.dumps(asdict(Ran(code, out.read_text(), err.read_text(), calls))), flush=True)
 
 
 def _answer(order: Order, out: Path, err: Path, log: Path) -> None:

@@ -93,7 +93,12 @@ class Scene:
     has_old: bool
     before: Files
     after: Files
-    calls: dict[str, list[str]]  # what the undisturbed run called, see Ran.events
+    order: list[tuple[str, str]]  # what the undisturbed run called, see Ran.calls
+
+    @property
+    def calls(self) -> dict[str, list[str]]:
+        """Paths by the kind of call, in order."""
+        return {kind: [path for called, path in self.order if called == kind] for kind in dict.fromkeys(FEW + MANY)}
 
     def copy(self, folder: Path) -> Path:
         """The scene set up in a new folder."""
@@ -119,7 +124,7 @@ class Scene:
             [
                 (kind, number, moment)
                 for kind in kinds
-                for number in range(len(self.calls.get(kind, ())))
+                for number in range(len(self.calls[kind]))
                 for moment in ("before", "after", *(["half"] if kind in PARTIAL else []))
             ]
             for kinds in (FEW, MANY)
@@ -147,10 +152,11 @@ def prepare(server: Server, name: str, folder: Path) -> Scene:
         assert made.code == 0, made.err
         words[words.index("-l") + 1] += ":0.5"
         words.append("--overwrite")
-    scene = Scene(server, template, words, output, has_old, state(template), {}, {})
+    scene = Scene(server, template, words, output, has_old, state(template), {}, [])
     trial = scene.copy(folder)
     ran = scene.run(trial)
     assert ran.code == 0, ran.err
     after = state(trial)
     shutil.rmtree(trial)
-    return Scene(server, template, words, output, has_old, scene.before, after, ran.events)
+    order = [(kind, path.removeprefix(str(trial))) for kind, path in ran.calls]
+    return Scene(server, template, words, output, has_old, scene.before, after, order)

@@ -54,6 +54,32 @@ def test_a_killed_run_leaves_the_old_output_or_the_new_one(scene: Scene, tmp_pat
         shutil.rmtree(folder)
 
 
+def test_everything_is_on_the_disk_before_it_is_renamed_and_the_names_are_after(scene: Scene) -> None:
+    """What no kill shows, only a power cut: what the system has taken must be synced, in this order."""
+    last_write: dict[str, int] = {}
+    synced: dict[str, int] = {}
+    renamed: dict[str, int] = {}
+    for place, (kind, path) in enumerate(scene.order):
+        if kind in ("pwrite", "copy_file_range", "posix_fallocate", "mkdir"):
+            last_write[path] = place
+        if kind in ("fsync", "fdatasync"):
+            synced[path] = place
+        if kind in ("rename", "replace", "renameat2"):
+            renamed[path] = place
+    drafts = {path: place for path, place in renamed.items() if path.endswith(".bake-draft")}
+    assert drafts
+    for draft, moved in drafts.items():
+        inside = [path for path in last_write if path == draft or path.startswith(draft + "/")]
+        assert inside
+        for path in inside:
+            if path in last_write:
+                assert last_write[path] < synced[path] < moved, path
+        assert synced[draft] < moved
+        assert synced[draft.rpartition("/")[0]] > moved, draft
+    removed = [place for place, (kind, _) in enumerate(scene.order) if kind in ("unlink", "rmdir")]
+    assert all(place > max(drafts.values()) for place in removed), "the old output goes last"
+
+
 def test_the_clean_up_after_a_kill_can_be_killed_as_well(server: Server, tmp_path: Path) -> None:
     scene = prepare(server, "folder over an old one", tmp_path)
     for number in range(len(scene.calls["fsync"])):

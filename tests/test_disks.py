@@ -166,6 +166,6 @@ def test_a_tensor_over_2_gib_is_fused_to_its_last_element(sparse: Path) -> None:
     assert done.code == 0, done
     fused = np.memmap(output, np.float16, "r", len(header), (height, width))
     assert placed["a.weight"].nbytes > 2 * GIB
-    for first in range(0, height, 4096):
+    for first in (*range(0, height, 40 * 4096), height - 4096):  # some of the rows, the last ones among them
         expected = (up[first : first + 4096].astype(np.float64) * down).astype(np.float16)
         np.testing.assert_array_equal(fused[first : first + 4096], expected)

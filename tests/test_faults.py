@@ -41,7 +41,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def check_after_a_fault(scene: Scene, folder: Path, ran: Ran, fault: Fault) -> None:
     """The fault did not matter, or it was reported as what it is and nothing has changed."""
     words, left = f"{fault}: {ran}", state(folder)
-    path = ran.events["struck"][0].removeprefix(str(folder)) if ran.events else ""
+    path = ran.calls[0][1].removeprefix(str(folder)) if ran.calls else "?"
     assert "Traceback" not in ran.err, words
     assert "bug" not in ran.err, words
     if ran.code == 0:
@@ -54,6 +54,8 @@ def check_after_a_fault(scene: Scene, folder: Path, ran: Ran, fault: Fault) -> N
         return
     is_input = path.startswith("/in")
     codes = {INPUT} if is_input else {OUTPUT, VERIFICATION} if fault.kind in READING else {OUTPUT}
+    if path == "":  # the folder that both are in
+        codes = {INPUT, OUTPUT}
     assert ran.code in codes, words
     if "could not be removed" in ran.err:  # the draft: the error says so
         assert scene.output_of(left) == scene.output_of(scene.before), words
@@ -71,9 +73,9 @@ READING = ("open", "close", "preadv", "fstat", "stat", "lstat")
 
 def faults(scene: Scene, count: int) -> Iterator[Fault]:
     """Calls spread over the run: every kind, every error, each as often as gives `count` or more."""
-    each = max(1, count // sum(len(numbers) for kind, numbers in ERRORS.items() if kind in scene.calls))
+    each = max(1, count // sum(len(numbers) for kind, numbers in ERRORS.items() if scene.calls[kind]))
     for kind, numbers in ERRORS.items():
-        places = spread(list(range(len(scene.calls.get(kind, ())))), each * len(numbers))
+        places = spread(list(range(len(scene.calls[kind]))), each * len(numbers))
         for turn, place in enumerate(places):
             yield Fault(kind, place, "fail", code=numbers[turn % len(numbers)])
 

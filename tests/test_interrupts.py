@@ -53,7 +53,7 @@ def test_a_signal_while_the_output_is_put_into_its_place_comes_too_late(
     server: Server, tmp_path: Path, name: str
 ) -> None:
     scene = prepare(server, name, tmp_path)
-    renames = {kind: len(scene.calls.get(kind, ())) for kind in ("replace", "renameat2")}
+    renames = {kind: len(scene.calls[kind]) for kind in ("replace", "renameat2")}
     kind, number = next((kind, number - 1) for kind, number in renames.items() if number)
     for moment in ("before", "after"):
         folder = scene.copy(tmp_path)
