@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -69,12 +69,10 @@ class EmbeddingFiles:
         self._plan, self._folder, self._overwrite = plan, folder, overwrite
         self._drafts: dict[str, Draft] = {}
         self._is_new = False  # the folder
-        self._added: list[Path] = []  # files that are in place where none was
 
     def __enter__(self) -> EmbeddingFiles:
         """Create the drafts, and the folder where it is missing. Raises OutputRefused and its kin."""
-        with ExitStack() as undo:
-            undo.push(self)
+        try:
             sizes = embedding_sizes(self._plan)
             if sizes:
                 self._make_folder()
@@ -83,7 +81,9 @@ class EmbeddingFiles:
                 draft = Draft((self._folder / name).resolve(), {"": size}, self._overwrite or name in same)
                 self._drafts[name] = draft
                 draft.__enter__()
-            undo.pop_all()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def _make_folder(self) -> None:
@@ -125,7 +125,6 @@ class EmbeddingFiles:
     def publish(self) -> None:
         """Put every file into its place. Raises OutputRefused if the system refuses."""
         for draft in self._drafts.values():
-            is_added = not draft.place.exists()
             try:
                 draft.publish()
             except OutputRefused as error:
@@ -135,18 +134,16 @@ class EmbeddingFiles:
                     f"{self._folder}: the system failed: {error.details['reason']}; the output was not written",
                     path=str(self._folder),
                 ) from None
-            finally:
-                if is_added and draft.is_published:
-                    self._added.append(draft.place)
 
     def withdraw(self) -> None:
-        """Remove the files that are new: the output that they belong to did not get into its place.
+        """Remove the files that are where none was: the output that they belong to did not get into its place.
 
         Those that replaced older ones stay.
         """
-        for place in self._added:
-            with suppress(OSError):  # what is raised already matters more
-                place.unlink()
+        for draft in self._drafts.values():
+            if draft.is_published and not draft.has_replaced:
+                with suppress(OSError):  # what is raised already matters more
+                    draft.place.unlink()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -44,6 +44,7 @@ class Draft:
         self.is_folder = "" not in sizes
         self.leftover = False  # something that a killed run had left was removed
         self.is_published = False
+        self.has_replaced = False  # published where something was
         self._sizes, self._overwrite = dict(sizes), overwrite
         self._is_sealed = False
         self._lock = -1
@@ -193,10 +194,11 @@ class Draft:
             self._release()  # Windows does not rename an open file
         if not self._overwrite or not is_taken(self.place):
             rename_new(self.path, self.place)
-        elif self.is_folder:
+            return None
+        self.has_replaced = True
+        if self.is_folder:
             return exchange(self.path, self.place)
-        else:
-            os.replace(self.path, self.place)
+        os.replace(self.path, self.place)
         return None
 
     def discard(self) -> None:
