@@ -74,6 +74,26 @@ class TestSmallDisks:
             assert "read-only" in done.err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_result_that_nobody_can_read_does_not_undo_the_output(tmp_path: Path, options: tuple[str, ...]) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    output = tmp_path / "out.safetensors"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bake", "fuse", base, "-l", lora, "-o", output, *options],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode in (1, 8)
+    assert "Traceback" not in done.stderr
+    assert output.exists()
+    assert bake("verify", output).code == 0
+
+
 def test_a_limit_on_the_size_of_files_is_a_refusal(tmp_path: Path) -> None:
     """What ulimit -f sets, and what FAT has by nature."""
     base, lora, _ = sd1_pair(tmp_path)

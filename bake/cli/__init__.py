@@ -16,7 +16,7 @@ from typing import NoReturn
 import click
 
 from bake import __version__
-from bake.errors import BakeError, Interrupted, UsageError
+from bake.errors import BakeError, Interrupted, OutputRefused, UsageError
 from bake.interrupts import STOPPING, finished
 
 # name -> module; `bake --help` lists them in this order
@@ -122,6 +122,9 @@ def _answer(words: Sequence[str], as_json: bool) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say no more
         sys.exit(1)
+    except OSError as error:
+        what = error.filename or "standard output"
+        _refuse(OutputRefused(f"{what}: {error.strerror or error}; {_fate()}"), OutputRefused.exit_code, as_json)
     except Exception as error:
         _report_bug(error, as_json)
     return code if isinstance(code, int) else 0
@@ -138,8 +141,8 @@ def run() -> NoReturn:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:
-        code = 1
+    except OSError:
+        code = code or 1
     os._exit(code)
 
 
@@ -157,7 +160,7 @@ def _refuse(error: BakeError, code: int, as_json: bool) -> NoReturn:
 
 def _report_bug(error: Exception, as_json: bool) -> NoReturn:
     message = (
-        f"a bug in bake: {type(error).__name__}: {error}. Nothing was written. "
+        f"a bug in bake: {type(error).__name__}: {error}; {_fate()}. "
         f"Please report it with the output of 'bake env'; BAKE_TRACEBACK=1 shows where it happened."
     )
     if os.environ.get("BAKE_TRACEBACK"):
