@@ -14,7 +14,7 @@ from bake import __version__
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
 from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute, outgrows_memory
-from bake.interrupts import finished, uninterrupted
+from bake.interrupts import check, finished, uninterrupted
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft
 from bake.io.files import copy_file, inputs_only, open_for_writing, write_at, write_file
@@ -196,6 +196,7 @@ def _check_unchanged(plan: Plan) -> None:
 
 def _publish(draft: Draft, beside: EmbeddingFiles, output: Path) -> None:
     """Put the output into its place, and before it what lies beside it: where the output is, they are."""
+    check()
     beside.seal()
     draft.seal()
     with uninterrupted():
