@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--runs",
         type=int,
-        default=160,
+        default=120,
         help="How many points of a run crash tests kill, interrupt and disturb, in all kinds of runs together.",
     )
 
