@@ -34,10 +34,13 @@ def open_for_reading(path: Path) -> int:
         fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its writer
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}", path=str(path)) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    try:
+        if stat.S_ISREG(status_of(fd, path).st_mode):
+            return fd
         raise InputError(f"{path}: a regular file was expected, this is a pipe, a device or a folder", path=str(path))
-    return fd
+    except BaseException:
+        close_input(fd)
+        raise
 
 
 def close_input(fd: int) -> None:
