@@ -17,7 +17,7 @@ from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
 from bake.execute.engine import DEFAULT_MEMORY, Options, Target, execute, outgrows_memory
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft, check_target, refusal_of
-from bake.io.files import open_for_writing, write_at
+from bake.io.files import check_exists, open_for_writing, write_at
 from bake.io.header import TensorInfo, build_header
 from bake.io.known import Digest
 from bake.io.tensorfile import open_tensors
@@ -299,8 +299,7 @@ def check_output(
 
 def stored_recipe(path: Path) -> dict[str, Any]:
     """The recipe that bake stored in the checkpoint at `path`; raises InputError if there is none."""
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder", path=str(path))
+    check_exists(path)
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         text = open_tensors(file).metadata.get(RECIPE_KEY)
         if text is not None:

@@ -198,13 +198,23 @@ def _show_checkpoint(out: Output, found: dict[str, Any]) -> None:
     out.line("parts", ", ".join(f"{name} ({count} tensors)" for name, count in found["components"].items()))
     out.line("holds", _contents(found))
     recipe = found["recipe"]
-    while isinstance(recipe, dict):  # bakes on top of bakes
-        for use in recipe.get("adapters", []):
-            sha256 = use["files"][0]["sha256"]
-            out.line("fused in", f"{use['name']} at {use['weight']:g} (SHA-256 {sha256[:12]}...)")
-        base = recipe.get("base", {})
-        out.line("made of", f"{base.get('name')} by bake {recipe.get('version')}")
-        recipe = base.get("recipe")
+    while recipe is not None:  # bakes on top of bakes
+        recipe = _show_recipe(out, recipe)
+
+
+def _show_recipe(out: Output, recipe: Any) -> Any:
+    """What was fused into a file, by its bake.recipe; returns that of the base. It may be anybody's text."""
+    try:
+        uses = [(use["name"], float(use["weight"]), str(use["files"][0]["sha256"])) for use in recipe["adapters"]]
+        made_of = f"{recipe['base']['name']} by bake {recipe['version']}"
+        earlier = recipe["base"].get("recipe")
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
+        out.line("recipe", "malformed: not one that bake wrote (--json shows it)")
+        return None
+    for name, weight, sha256 in uses:
+        out.line("fused in", f"{name} at {weight:g} (SHA-256 {sha256[:12]}...)")
+    out.line("made of", made_of)
+    return earlier
 
 
 def _contents(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ class Weighted(click.ParamType):
         text = str(value)
         weight: float | None = None
         named: dict[str, float] = {}
-        while not Path(text).exists() and ":" in text:
+        while not os.path.exists(text) and ":" in text:
             head, _, last = text.rpartition(":")
             key, equals, number = last.partition("=")
             if equals:

@@ -20,6 +20,16 @@ COPY_PIECE = 64 * 1024 * 1024
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
 
+def check_exists(path: Path) -> None:
+    """Raise InputError if there is nothing at `path`, or nothing that the system lets be seen."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: there is no such file or folder", path=str(path)) from None
+    except OSError as error:  # too long a name, a folder without permission
+        raise InputError(f"{path}: cannot be opened: {error.strerror}", path=str(path)) from None
+
+
 def open_for_reading(path: Path) -> int:
     """A file descriptor for `path`; raises InputError if it cannot be opened."""
     try:

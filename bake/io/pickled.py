@@ -112,7 +112,7 @@ def _load(path: Path, size: int) -> Any:
             path=str(path),
             wanted=wanted[1] if wanted else None,
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, OSError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever the bytes made torch stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable PyTorch file: {reason}", path=str(path)) from None
 

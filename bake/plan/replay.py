@@ -42,7 +42,7 @@ class _Library:
         return [path for path in candidates if self.has(path, wanted)]
 
     def has(self, path: Path, wanted: dict[str, Any]) -> bool:
-        if not path.is_file() or path.stat().st_size != wanted["size"]:
+        if not os.path.isfile(path) or path.stat().st_size != wanted["size"]:
             return False
         if path not in self._digests:
             self._digests[path] = digest_file(path).sha256
