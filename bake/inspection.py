@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ def _adapter_at(path: Path) -> AdapterFile | None:
     try:
         source = open_adapter(path)
     except InputError:
-        if path.is_dir():
+        if os.path.isdir(path):
             return None  # a folder without adapter files may be a checkpoint
         raise
     return source if is_adapter(source) else None

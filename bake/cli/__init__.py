@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -110,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run() -> NoReturn:
     """The program `bake`: `main`, less the quarter of a second that taking torch apart at the end would cost."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would start only to wait
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
         main()
     except SystemExit as end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ def embedding_sizes(plan: Plan) -> dict[str, int]:
 
 def check_places(plan: Plan, folder: Path, overwrite: bool) -> None:
     """Raise the OutputRefused that writing the embeddings of `plan` into `folder` would meet."""
-    if folder.exists():
+    if os.path.isdir(folder):
         for name, size in embedding_sizes(plan).items():
             check_target(folder / name, [source.path for source in plan.inputs], False, overwrite, size)
 
@@ -44,7 +45,7 @@ class EmbeddingFiles:
         with ExitStack() as undo:
             undo.push(self)
             sizes = embedding_sizes(self._plan)
-            if sizes and not self._folder.exists():
+            if sizes and not os.path.exists(self._folder):
                 try:
                     self._folder.mkdir()
                 except OSError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bake.errors import NoSpace, OutputBusy, OutputExists, OutputRefused, SameFile
+from bake.io.neighbours import neighbour
 from bake.sizes import format_bytes
 
 try:
@@ -25,7 +26,8 @@ except ImportError:  # Windows
 else:
     _CAN_LOCK = True
 
-_SUFFIX = ".bake-draft"
+_DRAFT_SUFFIX = ".bake-draft"
+_ASIDE_SUFFIX = ".bake-old"
 _MODEL_FILES = ("model_index.json", "config.json")
 
 
@@ -35,6 +37,10 @@ def check_target(target: Path, inputs: Iterable[Path], is_folder: bool, overwrit
     needed: bytes of the whole output. Raises OutputRefused and its kin; nothing is created.
     """
     place = Path(os.path.realpath(target))
+    try:
+        place.exists()
+    except OSError as error:  # too long a name
+        raise refusal_of(error, target) from None
     if not place.parent.is_dir():
         raise OutputRefused(f"{target}: the folder {place.parent} does not exist", path=str(target))
     if not os.access(place.parent, os.W_OK):
@@ -86,7 +92,7 @@ class Draft:
         Raises OutputBusy if another run is writing `place`, NoSpace or OutputRefused if the disk refuses.
         """
         self.place = place
-        self.path = place.with_name(f".{place.name}{_SUFFIX}")
+        self.path = neighbour(place, _DRAFT_SUFFIX)
         self.is_folder = "" not in sizes
         _restore(place)
         self.leftover = False  # a draft of a killed run was found and is being replaced
@@ -245,7 +251,7 @@ def _sync(path: Path) -> None:
 
 def _aside(place: Path) -> Path:
     """Where the old folder waits while the new one takes its place, where that takes two steps."""
-    return place.with_name(f".{place.name}.bake-old")
+    return neighbour(place, _ASIDE_SUFFIX)
 
 
 def _restore(place: Path) -> None:
