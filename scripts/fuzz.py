@@ -152,7 +152,12 @@ def run_libfuzzer(name: str, folder: Path, seconds: int | None, runs: int | None
     for seed in seeds:
         (work / hashlib.sha256(seed).hexdigest()[:20]).write_bytes(seed)
     findings = Findings(target.prepare(folder), folder, WORK / name, measure)
-    options = {"max_len": LONGEST, "timeout": _SLOWEST, "rss_limit_mb": _MEMORY, "artifact_prefix": f"{WORK}/{name}-finding-"}
+    options = {
+        "max_len": LONGEST,
+        "timeout": _SLOWEST,
+        "rss_limit_mb": _MEMORY,
+        "artifact_prefix": f"{WORK}/{name}-finding-",
+    }
     options |= {key: value for key, value in (("max_total_time", seconds), ("runs", runs)) if value is not None}
     words = [sys.argv[0], *(f"-{key}={value}" for key, value in options.items()), str(work)]
     # atheris replaces its functions when it starts, so Mutate is looked up when it is called.
@@ -231,9 +236,7 @@ def main() -> None:
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)  # the process that `look` starts
     arguments = parser.parse_args()
     if arguments.inside is not None:
-        run_libfuzzer(
-            arguments.target, arguments.inside, arguments.seconds, arguments.runs, arguments.measure
-        )
+        run_libfuzzer(arguments.target, arguments.inside, arguments.seconds, arguments.runs, arguments.measure)
     elif arguments.minimise:
         minimise(arguments.target)
     elif arguments.keep is not None:

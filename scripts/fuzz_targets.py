@@ -10,10 +10,11 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from typing import Any
 import click
 
 from bake.api import build_plan, stored_recipe
-from bake.cli import COMMANDS, cli
+from bake.cli import cli
 from bake.cli.options import ComponentDtype, KeyValue, Size, Weighted
 from bake.documents import error_document, plan_document
-from bake.dtypes import DTYPES
+from bake.dtypes import DTYPES, tensor_bytes
 from bake.errors import BakeError
 from bake.io.header import build_header, header_length, lay_out, parse_header
 from bake.io.tensorfile import open_tensors, read_tensor_bytes
@@ -61,7 +62,6 @@ class Target:
     prepare: Callable[[Path], Enter]  # in an empty folder of its own
     seeds: Callable[[], Iterable[bytes]]  # inputs to begin with
     is_json: bool = True
-    touches_torch: bool = False
 
 
 # ---- The inputs that are kept ----------------------------------------------------------------------------------------
@@ -172,7 +172,9 @@ def _plan(base: Path, *adapters: Path, **what: Any) -> None:
 # ---- Files that are put in place -------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: Mapping[str, tuple[str, list[int]]], metadata: Mapping[str, str], fill: bytes):
+def write_tensors(
+    path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str], fill: bytes
+) -> None:
     """A well-formed file with these names, dtypes and shapes; each tensor begins with `fill`, over and over."""
     placed = lay_out((name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items())
     header = build_header(placed, metadata)
@@ -191,15 +193,13 @@ def _tensors_of(found: Any) -> dict[str, tuple[str, list[int]]] | None:
         return None
     tensors = {}
     for name, entry in found.items():
-        try:
-            dtype, shape = entry
-            elements = 1
-            for size in shape:
-                elements *= size if type(size) is int and size >= 0 else None
-            if DTYPES[dtype].bits * elements % 8 or DTYPES[dtype].bits * elements // 8 > _MOST_TENSOR:
-                return None
-            name.encode("utf-8")
-        except (TypeError, ValueError, KeyError):
+        dtype, shape = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if not isinstance(dtype, str) or dtype not in DTYPES or not _is_unicode(name) or not isinstance(shape, list):
+            return None
+        if not all(type(size) is int and size >= 0 for size in shape):
+            return None
+        size = tensor_bytes(dtype, math.prod(shape))
+        if size is None or size > _MOST_TENSOR:
             return None
         tensors[name] = (dtype, shape)
     return tensors
@@ -364,7 +364,7 @@ def _config(folder: Path) -> Enter:
     (pipeline / "transformer").mkdir(parents=True)
     content = (GOLDEN / "bases" / "flux.safetensors").read_bytes()
     (pipeline / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(content)
-    places = (*(bases[name] / "config.json" for name in ("qwen2", "mixtral", "gpt2")),)
+    places = [bases[name] / "config.json" for name in ("qwen2", "mixtral", "gpt2")]
     lora = GOLDEN / "peft-lora.adapter.safetensors"
 
     def enter(data: bytes) -> Iterable[Act]:
@@ -395,14 +395,15 @@ def _adapter_config(folder: Path) -> Enter:
     base = _golden_base("qwen2", folder)
     adapters = {}
     for name, case in golden_cases().items():
-        if case["base"] == "qwen2" and _golden_config(name) is not None:
+        config = _golden_config(name)
+        if case["base"] == "qwen2" and config is not None:
             file = "adapters" if name.startswith("mlx") else "adapter_model"
             place = folder / name / f"{file}.safetensors"
             place.parent.mkdir()
             place.write_bytes((GOLDEN / f"{name}.adapter.safetensors").read_bytes())
-            adapters[str(_golden_config(name).get("peft_type", "MLX"))] = place.parent
+            adapters[str(config.get("peft_type", "MLX"))] = place.parent
     diffusers = folder / "metadata.safetensors"
-    tensors = {name: tuple(entry) for name, entry in _described(GOLDEN / "peft-lora.adapter.safetensors")["tensors"].items()}
+    tensors = _described(GOLDEN / "peft-lora.adapter.safetensors")["tensors"]
 
     def enter(data: bytes) -> Iterable[Act]:
         kind = _document(data)
@@ -428,7 +429,7 @@ def _adapter_config_seeds() -> Iterable[bytes]:
 def _recipe(folder: Path) -> Enter:
     """`bake.recipe` and the web UIs' keys in the metadata of a checkpoint: shown, replayed, carried on."""
     base = _golden_base("wan", folder)
-    tensors = {name: tuple(entry) for name, entry in _described(base)["tensors"].items()}
+    tensors = _described(base)["tensors"]
     library = folder / "library"
     library.mkdir()
     lora = _for_base("wan")
@@ -496,7 +497,12 @@ def _words(folder: Path) -> Enter:
 
 
 def _words_seeds() -> Iterable[bytes]:
-    yield from (b"style.safetensors:0.8:te=0.5:unet=-1:dyn=4", b"C:\\loras\\a.safetensors:1e-3", b"a:b:c/d:2", b"512MiB")
+    yield from (
+        b"style.safetensors:0.8:te=0.5:unet=-1:dyn=4",
+        b"C:\\loras\\a.safetensors:1e-3",
+        b"a:b:c/d:2",
+        b"512MiB",
+    )
     yield from (b"1.5G", b"key=value=x", b"te=fp16", b"x" * 300 + b":0.5", b"a:1:inf", b"a:te=nan", b"\xff\xfe:1")
 
 
@@ -614,7 +620,7 @@ TARGETS = {
     "recipe": Target(_recipe, _recipe_seeds),
     "prompt": Target(_prompt, _prompt_seeds, is_json=False),
     "words": Target(_words, _words_seeds, is_json=False),
-    "pickle": Target(_pickle, _pickle_seeds, is_json=False, touches_torch=True),
+    "pickle": Target(_pickle, _pickle_seeds, is_json=False),
     "adapter": Target(_adapter, _adapter_seeds),
     "base": Target(_base, _base_seeds),
 }

@@ -1,0 +1,331 @@
+"""At the limits: little memory, few open files, many tensors and shards, long and strange names, no permission to write."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from headers import write_header
+from models import llama, lora_factors, peft_lora, random_arrays, sd1_pair
+from support import ROOT, Done, bake, bake_process, drafts, load, lora_delta, metadata, random, rounded, save
+
+from bake.io.neighbours import neighbour
+
+# Runs bake with limits of its own: bytes of memory beyond what the libraries take, open files; "whole" takes
+# tensors whole instead of in chunks.
+LIMITED = """
+import pathlib, re, resource, sys, threading
+memory, files, chunks, *words = sys.argv[1:]
+if memory != "-":
+    import safetensors.numpy, torch
+    import bake.execute.chunk, bake.execute.pipeline, bake.verify.numeric
+    torch.ones(4, 4) @ torch.ones(4, 4)
+    threading.stack_size(512 * 1024)
+    data = re.search(r"VmData:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())
+    resource.setrlimit(resource.RLIMIT_DATA, (int(data[1]) * 1024 + int(memory),) * 2)
+    if chunks == "whole":
+        bake.execute.chunk.CHUNK_ELEMENTS = 2**40
+if files != "-":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(files),) * 2)
+from bake.cli import main
+main(words)
+"""
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux does it")
+FEW_FILES = 64
+MEBIBYTE = 2**20
+
+
+def limited(*words: object, memory: int | str = "-", files: int | str = "-", chunks: str = "small") -> Done:
+    finished = subprocess.run(
+        [sys.executable, "-c", LIMITED, *map(str, (memory, files, chunks, *words))],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    return Done(finished.returncode, finished.stdout, finished.stderr)
+
+
+def of_layers(count: int) -> dict[str, tuple[int, ...]]:
+    """Two tensors for each layer of a language model."""
+    return {
+        f"model.layers.{number}.{name}.weight": shape
+        for number in range(count)
+        for name, shape in (("self_attn.q_proj", (4, 4)), ("input_layernorm", (4,)))
+    }
+
+
+def write_shards(folder: Path, count: int) -> tuple[Path, Path]:
+    """(folder of as many shards as layers, a LoRA for all of them)."""
+    shapes, weight_map = of_layers(count), {}
+    names = list(shapes)
+    for number in range(count):
+        shard = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        inside = names[2 * number : 2 * number + 2]
+        write_header(folder / "base" / shard, {name: ("BF16", shapes[name]) for name in inside})
+        weight_map.update(dict.fromkeys(inside, shard))
+    (folder / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "base" / "config.json").write_text('{"model_type": "llama"}')
+    return folder / "base", save(folder / "lora.safetensors", peft_lora(shapes, names[::2]))
+
+
+class TestMemory:
+    @pytest.fixture
+    def large(self, tmp_path: Path) -> tuple[Path, Path, dict[str, tuple[int, ...]]]:
+        """A base of 330 MiB, one of its tensors of 160 MiB, and a LoRA for all but one."""
+        shapes = {
+            "model.embed_tokens.weight": (16384, 5120),
+            **{f"model.layers.{number}.self_attn.q_proj.weight": (2560, 4096) for number in range(8)},
+            "model.layers.8.self_attn.q_proj.weight": (1024, 5120),
+        }
+        base = write_header(tmp_path / "base.safetensors", {name: ("BF16", shape) for name, shape in shapes.items()})
+        lora = save(tmp_path / "lora.safetensors", peft_lora(shapes, list(shapes)[:-1]))
+        assert base.stat().st_size > 10 * 32 * MEBIBYTE
+        return base, lora, shapes
+
+    @linux
+    def test_a_base_of_ten_times_the_memory_is_fused(self, large, tmp_path: Path) -> None:
+        from safetensors import safe_open
+
+        base, lora, shapes = large
+        output = tmp_path / "out.safetensors"
+        words = ("fuse", base, "-l", lora, "-o", output, "--memory", "16MiB", "--json")
+        done = limited(*words, memory=32 * MEBIBYTE)
+        assert done.code == 0, done.err + done.out
+        assert done.json["verification"]["ok"]
+        factors = load(lora)
+        with safe_open(output, "pt") as written:
+            for place, name in enumerate(list(shapes)[:-1]):
+                module = f"base_model.model.{name.removesuffix('.weight')}"
+                rows = slice(100 * place, 100 * place + 3)  # of a base that is zero
+                exact = factors[f"{module}.lora_B.weight"][rows] @ factors[f"{module}.lora_A.weight"]
+                found = written.get_slice(name)[rows].double().numpy()
+                assert np.all(np.abs(found - exact) <= 2.0**-8 * np.abs(exact)), name
+
+    @linux
+    def test_the_limit_is_one_that_whole_tensors_exceed(self, large, tmp_path: Path) -> None:
+        base, lora, _ = large
+        output = tmp_path / "out.safetensors"
+        done = limited("fuse", base, "-l", lora, "-o", output, memory=32 * MEBIBYTE, chunks="whole")
+        assert done.code != 0
+        assert "alloc" in done.err or "memory" in done.err.lower(), done.err
+        assert not output.exists()
+        assert not drafts(tmp_path)
+
+
+class TestManyFiles:
+    @linux
+    def test_more_shards_than_files_may_be_open(self, tmp_path: Path) -> None:
+        base, lora = write_shards(tmp_path, 300)
+        done = limited("fuse", base, "-l", lora, "-o", tmp_path / "out", "--json", files=FEW_FILES)
+        assert done.code == 0, done.err + done.out
+        assert done.json["tensors"] == {"fused": 300, "grown": 0, "converted": 0, "copied": 300}
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) == 300
+        report = limited("verify", tmp_path / "out", "--full", "--json", files=FEW_FILES)
+        assert report.code == 0, report.err + report.out
+        assert report.json["ok"]
+        assert report.json["elements"] == 300 * 16
+
+    @linux
+    @pytest.mark.parametrize("count", [40, 100])
+    def test_adapters_on_ten_thousand_tensors(self, tmp_path: Path, count: int) -> None:
+        shapes = of_layers(5000)
+        base = write_header(tmp_path / "base.safetensors", {name: ("BF16", shape) for name, shape in shapes.items()})
+        words: list[object] = []
+        for number in range(count):
+            name = f"model.layers.{number}.self_attn.q_proj.weight"
+            words += ["-l", save(tmp_path / f"{number}.safetensors", peft_lora(shapes, [name], rank=1 + number % 3))]
+        done = limited("fuse", base, *words, "-o", tmp_path / "out.safetensors", "--json", files=FEW_FILES)
+        assert done.code == 0, done.err + done.out
+        assert done.json["tensors"]["fused"] == count
+        assert done.json["tensors"]["copied"] == 10_000 - count
+
+    def test_what_is_known_of_thousands_of_files_is_read_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from bake.io import known
+        from bake.io.digest import known_digests
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+        monkeypatch.setattr(known, "_SETTLED", 0)
+        paths = [tmp_path / str(number) for number in range(20)]
+        for path in paths:
+            path.write_text(path.name)
+        reads: list[None] = []
+        read = known._read
+        monkeypatch.setattr(known, "_read", lambda: reads.append(None) or read())
+        first = list(known_digests(paths))
+        assert len(reads) == 2  # at the start, and for what others wrote before it is written
+        assert list(known_digests(paths)) == first
+
+
+NAMES = {
+    "255 bytes": "x" * 243 + ".safetensors",
+    "255 bytes of two each": "é" * 121 + "x.safetensors",
+    "composed": "\u00e9.safetensors",
+    "decomposed": "e\u0301.safetensors",
+    "emoji": "\U0001f3a8 style.safetensors",
+    "spaces": " at both ends .safetensors",
+    "a new line": "two\nlines.safetensors",
+    "colons": "a:0.5:te=1.safetensors",
+    "a dash": "-o.safetensors",
+    "format": "100%{x}%s.safetensors",
+    "no unicode": os.fsdecode(b"\xff\xfe.safetensors"),
+}
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the file system has rules for names")
+class TestNames:
+    @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+    def test_files_of_any_name(self, tmp_path: Path, name: str) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        for each in (base, lora):
+            (tmp_path / each.stem).mkdir()
+            each.rename(tmp_path / each.stem / name)
+        (tmp_path / "out").mkdir()
+        base, lora, output = (tmp_path / folder / name for folder in ("base", "style", "out"))
+        done = bake_process("fuse", base, "-l", f"{lora}:0.5", "-o", output, "--json")
+        assert done.code == 0, done.err + done.out
+        assert done.json["output"] == str(output)
+        assert list((tmp_path / "out").iterdir()) == [output]
+        assert json.loads(metadata(output)["bake.recipe"])["adapters"][0]["weight"] == 0.5
+        for words in (("verify", output, "--search", tmp_path), ("inspect", output), ("inspect", output, "--json")):
+            done = bake_process(*words)
+            assert done.code == 0, (words, done)
+        missing = bake_process("fuse", base, "-l", f"{lora}-missing:0.5", "-o", output, "--json")
+        assert missing.code == 3
+        assert missing.json["error"]["message"]
+
+    def test_a_base_folder_of_a_long_name_and_its_draft(self, tmp_path: Path) -> None:
+        base, lora = write_shards(tmp_path, 2)
+        output = tmp_path / ("é" * 127)
+        for _ in range(2):
+            done = bake("fuse", base, "-l", lora, "-o", output, "--overwrite")
+            assert done.code == 0, done
+        assert sorted(tmp_path.iterdir()) == sorted((base, lora, output))
+
+    def test_a_draft_is_called_like_its_output_as_far_as_names_go(self) -> None:
+        assert neighbour(Path("a/out.safetensors"), ".bake-draft") == Path("a/.out.safetensors.bake-draft")
+        long, other = ("é" * 121 + end + ".safetensors" for end in "xy")
+        shortened = neighbour(Path("a") / long, ".bake-draft")
+        assert len(os.fsencode(shortened.name)) <= 255
+        assert shortened.name.startswith(".ééé")
+        assert shortened.name.endswith(".bake-draft")
+        assert shortened != neighbour(Path("a") / other, ".bake-draft")
+
+    @pytest.mark.parametrize("words", [["inspect"], ["plan"], ["verify"]], ids=" ".join)
+    @pytest.mark.parametrize("name", ["x" * 300, "loop", "file/inside"])
+    def test_what_no_file_can_be_called_is_unreadable_input(self, tmp_path: Path, words: list[str], name: str) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        (tmp_path / "loop").symlink_to("loop")
+        (tmp_path / "file").touch()
+        more = [["-l", str(lora)]] if words == ["plan"] else [[]]
+        for rest in more:
+            done = bake(*words, tmp_path / name, *rest)
+            assert done.code == 3, done
+        assert bake("plan", base, "-l", tmp_path / name).code == 3
+
+    def test_an_output_name_that_is_too_long_is_refused(self, tmp_path: Path) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        done = bake("fuse", base, "-l", lora, "-o", tmp_path / ("x" * 300 + ".safetensors"))
+        assert done.code == 8
+        assert "name too long" in done.err
+
+    def test_metadata_that_is_no_unicode_is_refused(self, tmp_path: Path) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        done = bake_process("plan", base, "-l", lora, "--metadata", os.fsdecode(b"key=\xff"))
+        assert done.code == 2
+        assert "no Unicode" in done.err
+
+
+def test_tensor_names_of_ten_thousand_letters(tmp_path: Path) -> None:
+    middle = "x" * 10_000
+    names = [f"model.layers.0.{middle}.q_proj.weight", f"model.layers.0.{middle[:-1]}y.q_proj.weight"]
+    arrays = {name: random(place, 8, 8).astype(np.float16) for place, name in enumerate(names)}
+    base = save(tmp_path / "base.safetensors", arrays)
+    lora = save(tmp_path / "lora.safetensors", peft_lora(dict.fromkeys(names, (8, 8)), names[:1]))
+    output = tmp_path / "out.safetensors"
+    assert bake("fuse", base, "-l", lora, "-o", output).code == 0
+    up, down = lora_factors((8, 8), 2, 0, np.float32)
+    exact = rounded(arrays[names[0]].astype(np.float64) + lora_delta(up, down), np.float16)
+    assert np.array_equal(load(output)[names[0]], exact)
+    assert np.array_equal(load(output)[names[1]], arrays[names[1]])
+    assert bake("inspect", lora, "--against", base).code == 0
+
+
+class TestPlaces:
+    @pytest.fixture
+    def locked(self, tmp_path: Path) -> Iterable[Path]:
+        """A folder with base and LoRA, none of which may be written."""
+        if sys.platform == "win32" or os.geteuid() == 0:
+            pytest.skip("this user may write everywhere")
+        folder = tmp_path / "locked"
+        folder.mkdir()
+        sd1_pair(folder)
+        for path in (*folder.iterdir(), folder):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        yield folder
+        folder.chmod(0o755)
+
+    def test_inputs_that_may_only_be_read(self, locked: Path, tmp_path: Path) -> None:
+        base, lora = locked / "base.safetensors", locked / "style.safetensors"
+        assert bake("fuse", base, "-l", lora, "-o", tmp_path / "out.safetensors").code == 0
+        done = bake("fuse", base, "-l", lora, "-o", locked / "out.safetensors")
+        assert done.code == 8
+        assert "no permission" in done.err
+
+    def test_a_side_file_that_may_only_be_read_can_be_replaced_later(self, tmp_path: Path) -> None:
+        base, lora = write_shards(tmp_path, 2)
+        for path in base.iterdir():
+            path.chmod(0o444)
+        for _ in range(2):
+            assert bake("fuse", base, "-l", lora, "-o", tmp_path / "out", "--overwrite").code == 0
+
+    def test_relative_paths_and_relative_links(self, tmp_path: Path) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "here").mkdir()
+        (tmp_path / "there").mkdir()
+        for each in (base, lora):
+            each.rename(tmp_path / "blobs" / each.stem)
+            (tmp_path / "here" / each.name).symlink_to(Path("..") / "blobs" / each.stem)
+        (tmp_path / "here" / "out.safetensors").symlink_to(Path("..") / "there" / "real.safetensors")
+        words = ("fuse", "base.safetensors", "-l", "./style.safetensors:0.5", "-o", "out.safetensors")
+        done = bake_process(*words, cwd=tmp_path / "here")
+        assert done.code == 0, done
+        assert (tmp_path / "here" / "out.safetensors").is_symlink()
+        assert [path.name for path in (tmp_path / "there").iterdir()] == ["real.safetensors"]
+        assert bake_process("verify", "out.safetensors", cwd=tmp_path / "here").code == 3  # its inputs have other names
+        assert bake_process("verify", "here/out.safetensors", "--search", "blobs", cwd=tmp_path).code == 0
+        refused = bake_process(*words[:-1], "../blobs/base", "--overwrite", cwd=tmp_path / "here")
+        assert refused.code == 2  # no .safetensors
+
+    def test_a_link_to_a_folder_of_shards(self, tmp_path: Path) -> None:
+        write_shards(tmp_path, 2)
+        (tmp_path / "link").symlink_to("base")
+        done = bake_process("fuse", "link", "-l", "lora.safetensors", "-o", "out", cwd=tmp_path)
+        assert done.code == 0, done
+        refused = bake_process("fuse", "link", "-l", "lora.safetensors", "-o", "base", "--overwrite", cwd=tmp_path)
+        assert refused.code == 8
+
+
+def test_a_model_of_empty_and_of_scalar_tensors(tmp_path: Path) -> None:
+    shapes = llama()
+    arrays = random_arrays(shapes) | {
+        "empty": np.zeros((0, 3), np.float16),
+        "scalar": np.array(1.5, np.float16),
+        "flat": np.zeros((1,) * 32, np.float16),
+    }
+    base = save(tmp_path / "base.safetensors", arrays)
+    lora = save(tmp_path / "lora.safetensors", peft_lora(shapes, ["model.layers.0.self_attn.q_proj.weight"]))
+    output = tmp_path / "out.safetensors"
+    assert bake("fuse", base, "-l", lora, "-o", output, "--verify", "full").code == 0
+    assert {name: array.shape for name, array in load(output).items()} == {n: a.shape for n, a in arrays.items()}
