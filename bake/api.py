@@ -210,7 +210,7 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) 
     if not is_folder and target.suffix != ".safetensors":
         raise UsageError(f"{target}: the output is a safetensors file; let its name end in .safetensors")
     inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
-    if plan.base.is_dir() and plan.base.resolve() in target.resolve().parents:
+    if plan.base.is_dir() and Path(os.path.realpath(plan.base)) in Path(os.path.realpath(target)).parents:
         raise UsageError(f"{target} lies inside the base folder {plan.base}; choose a place outside it")
     check_places(plan, embeddings_folder(target), overwrite)
     return check_target(target, inputs, is_folder, overwrite, output_bytes(plan))
@@ -287,7 +287,7 @@ def check_output(
     """
     path = Path(output)
     if base is None:
-        folders = [*map(Path, search), path.resolve().parent, Path.cwd()]
+        folders = [*map(Path, search), Path(os.path.realpath(path)).parent, Path.cwd()]
         plan = plan_recipe(recipe_from_record(stored_recipe(path), folders, str(path)))
     else:
         plan = build_plan(base, adapters, **what)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -174,16 +175,17 @@ def minimise(name: str) -> None:
     target = TARGETS[name]
     known = [kept for kept in read_corpus(name) if kept.finding]
     found = {path.read_bytes() for path in (WORK / name).glob("*")} | {kept.data for kept in read_corpus(name)}
-    candidates = sorted(found | set(target.seeds()), key=lambda data: (len(data), data))
+    found |= set(target.seeds())
+    candidates = sorted((data for data in found if len(data) <= LONGEST), key=lambda data: (len(data), data))
     seen: set[tuple[str, int, int]] = set()
     with tempfile.TemporaryDirectory(prefix="bake-fuzz-") as place:
         enter = target.prepare(Path(place))
         for kept in known:
-            seen |= _steps(lambda data=kept.data: attempt(enter, data, Path(place)))
+            seen |= _steps(functools.partial(attempt, enter, kept.data, Path(place)))
         chosen = []
         for data in candidates:
-            steps = _steps(lambda data=data: attempt(enter, data, Path(place)))
-            if len(data) <= LONGEST and not steps <= seen:
+            steps = _steps(functools.partial(attempt, enter, data, Path(place)))
+            if not steps <= seen:
                 seen |= steps
                 chosen.append(Kept(data))
     write_corpus(name, [*known, *chosen])

@@ -298,7 +298,7 @@ def _header(folder: Path) -> Enter:
     def parse(data: bytes) -> None:
         length = header_length(data[:8], len(data), "file")
         header = parse_header(data[8 : 8 + length], len(data), "file")
-        deserialize(data)
+        deserialize(data)  # type: ignore[no-untyped-call]
         again = build_header(header.tensors, header.metadata)
         data_bytes = len(data) - header.data_start
         if parse_header(again[8:], len(again) + data_bytes, "file").tensors != header.tensors:
@@ -487,7 +487,7 @@ def _prompt_seeds() -> Iterable[bytes]:
 
 def _words(folder: Path) -> Enter:
     """What may stand behind -l, --memory, --metadata and --dtype."""
-    kinds: tuple[click.ParamType, ...] = (Weighted(), Size(), KeyValue(), ComponentDtype())
+    kinds: tuple[Any, ...] = (Weighted(), Size(), KeyValue(), ComponentDtype())
 
     def enter(data: bytes) -> Iterable[Act]:
         text = os.fsdecode(data.replace(b"\0", b""))  # no system passes on a word with a zero

@@ -1,4 +1,4 @@
-"""At the limits: little memory, few open files, many tensors and shards, long and strange names, no permission to write."""
+"""At the limits: little memory, few open files, many tensors and shards, strange names, no permission to write."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ main(words)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux does it")
 FEW_FILES = 64
-MEBIBYTE = 2**20
+HEADROOM = 64 * 2**20  # bytes
 
 
 def limited(*words: object, memory: int | str = "-", files: int | str = "-", chunks: str = "small") -> Done:
@@ -79,15 +79,14 @@ def write_shards(folder: Path, count: int) -> tuple[Path, Path]:
 class TestMemory:
     @pytest.fixture
     def large(self, tmp_path: Path) -> tuple[Path, Path, dict[str, tuple[int, ...]]]:
-        """A base of 330 MiB, one of its tensors of 160 MiB, and a LoRA for all but one."""
+        """A base of ten times HEADROOM, one of its tensors of 160 MiB, and a LoRA for half of it."""
         shapes = {
-            "model.embed_tokens.weight": (16384, 5120),
-            **{f"model.layers.{number}.self_attn.q_proj.weight": (2560, 4096) for number in range(8)},
-            "model.layers.8.self_attn.q_proj.weight": (1024, 5120),
+            "model.layers.9.mlp.up_proj.weight": (16384, 5120),
+            **{f"model.layers.{number}.self_attn.q_proj.weight": (2560, 4096) for number in range(25)},
         }
         base = write_header(tmp_path / "base.safetensors", {name: ("BF16", shape) for name, shape in shapes.items()})
-        lora = save(tmp_path / "lora.safetensors", peft_lora(shapes, list(shapes)[:-1]))
-        assert base.stat().st_size > 10 * 32 * MEBIBYTE
+        lora = save(tmp_path / "lora.safetensors", peft_lora(shapes, list(shapes)[:9]))
+        assert base.stat().st_size > 10 * HEADROOM
         return base, lora, shapes
 
     @linux
@@ -96,13 +95,13 @@ class TestMemory:
 
         base, lora, shapes = large
         output = tmp_path / "out.safetensors"
-        words = ("fuse", base, "-l", lora, "-o", output, "--memory", "16MiB", "--json")
-        done = limited(*words, memory=32 * MEBIBYTE)
+        words = ("fuse", base, "-l", lora, "-o", output, "--memory", "48MiB", "--json")
+        done = limited(*words, memory=HEADROOM)
         assert done.code == 0, done.err + done.out
         assert done.json["verification"]["ok"]
         factors = load(lora)
         with safe_open(output, "pt") as written:
-            for place, name in enumerate(list(shapes)[:-1]):
+            for place, name in enumerate(list(shapes)[:9]):
                 module = f"base_model.model.{name.removesuffix('.weight')}"
                 rows = slice(100 * place, 100 * place + 3)  # of a base that is zero
                 exact = factors[f"{module}.lora_B.weight"][rows] @ factors[f"{module}.lora_A.weight"]
@@ -113,9 +112,9 @@ class TestMemory:
     def test_the_limit_is_one_that_whole_tensors_exceed(self, large, tmp_path: Path) -> None:
         base, lora, _ = large
         output = tmp_path / "out.safetensors"
-        done = limited("fuse", base, "-l", lora, "-o", output, memory=32 * MEBIBYTE, chunks="whole")
-        assert done.code != 0
-        assert "alloc" in done.err or "memory" in done.err.lower(), done.err
+        done = limited("fuse", base, "-l", lora, "-o", output, memory=HEADROOM, chunks="whole")
+        assert done.code == 2, done.err
+        assert "no more memory" in done.err
         assert not output.exists()
         assert not drafts(tmp_path)
 
@@ -123,20 +122,20 @@ class TestMemory:
 class TestManyFiles:
     @linux
     def test_more_shards_than_files_may_be_open(self, tmp_path: Path) -> None:
-        base, lora = write_shards(tmp_path, 300)
+        base, lora = write_shards(tmp_path, 150)
         done = limited("fuse", base, "-l", lora, "-o", tmp_path / "out", "--json", files=FEW_FILES)
         assert done.code == 0, done.err + done.out
-        assert done.json["tensors"] == {"fused": 300, "grown": 0, "converted": 0, "copied": 300}
-        assert len(list((tmp_path / "out").glob("*.safetensors"))) == 300
+        assert done.json["tensors"] == {"fused": 150, "grown": 0, "converted": 0, "copied": 150}
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) == 150
         report = limited("verify", tmp_path / "out", "--full", "--json", files=FEW_FILES)
         assert report.code == 0, report.err + report.out
         assert report.json["ok"]
-        assert report.json["elements"] == 300 * 16
+        assert report.json["elements"] == 150 * 16
 
     @linux
-    @pytest.mark.parametrize("count", [40, 100])
-    def test_adapters_on_ten_thousand_tensors(self, tmp_path: Path, count: int) -> None:
-        shapes = of_layers(5000)
+    @pytest.mark.parametrize(("count", "layers"), [(60, 100), (100, 5000)])
+    def test_many_adapters_and_many_tensors(self, tmp_path: Path, count: int, layers: int) -> None:
+        shapes = of_layers(layers)
         base = write_header(tmp_path / "base.safetensors", {name: ("BF16", shape) for name, shape in shapes.items()})
         words: list[object] = []
         for number in range(count):
@@ -145,7 +144,7 @@ class TestManyFiles:
         done = limited("fuse", base, *words, "-o", tmp_path / "out.safetensors", "--json", files=FEW_FILES)
         assert done.code == 0, done.err + done.out
         assert done.json["tensors"]["fused"] == count
-        assert done.json["tensors"]["copied"] == 10_000 - count
+        assert done.json["tensors"]["copied"] == 2 * layers - count
 
     def test_what_is_known_of_thousands_of_files_is_read_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,11 +174,12 @@ NAMES = {
     "emoji": "\U0001f3a8 style.safetensors",
     "spaces": " at both ends .safetensors",
     "a new line": "two\nlines.safetensors",
-    "colons": "a:0.5:te=1.safetensors",
+    "colons": "a:0.5:b.safetensors",
     "a dash": "-o.safetensors",
     "format": "100%{x}%s.safetensors",
     "no unicode": os.fsdecode(b"\xff\xfe.safetensors"),
 }
+IN_A_PROCESS = NAMES["no unicode"]  # with a real stdout
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the file system has rules for names")
@@ -192,15 +192,16 @@ class TestNames:
             each.rename(tmp_path / each.stem / name)
         (tmp_path / "out").mkdir()
         base, lora, output = (tmp_path / folder / name for folder in ("base", "style", "out"))
-        done = bake_process("fuse", base, "-l", f"{lora}:0.5", "-o", output, "--json")
+        run = bake_process if name == IN_A_PROCESS else bake
+        done = run("fuse", base, "-l", f"{lora}:0.5", "-o", output, "--json")
         assert done.code == 0, done.err + done.out
         assert done.json["output"] == str(output)
         assert list((tmp_path / "out").iterdir()) == [output]
         assert json.loads(metadata(output)["bake.recipe"])["adapters"][0]["weight"] == 0.5
         for words in (("verify", output, "--search", tmp_path), ("inspect", output), ("inspect", output, "--json")):
-            done = bake_process(*words)
+            done = run(*words)
             assert done.code == 0, (words, done)
-        missing = bake_process("fuse", base, "-l", f"{lora}-missing:0.5", "-o", output, "--json")
+        missing = run("fuse", base, "-l", f"{lora}-missing:0.5", "-o", output, "--json")
         assert missing.code == 3
         assert missing.json["error"]["message"]
 
@@ -303,10 +304,9 @@ class TestPlaces:
         assert done.code == 0, done
         assert (tmp_path / "here" / "out.safetensors").is_symlink()
         assert [path.name for path in (tmp_path / "there").iterdir()] == ["real.safetensors"]
-        assert bake_process("verify", "out.safetensors", cwd=tmp_path / "here").code == 3  # its inputs have other names
-        assert bake_process("verify", "here/out.safetensors", "--search", "blobs", cwd=tmp_path).code == 0
-        refused = bake_process(*words[:-1], "../blobs/base", "--overwrite", cwd=tmp_path / "here")
-        assert refused.code == 2  # no .safetensors
+        assert bake_process("verify", "out.safetensors", cwd=tmp_path / "here").code == 0
+        refused = bake_process(*words[:-1], "../here/base.safetensors", "--overwrite", cwd=tmp_path / "here")
+        assert refused.code == 8
 
     def test_a_link_to_a_folder_of_shards(self, tmp_path: Path) -> None:
         write_shards(tmp_path, 2)

@@ -36,6 +36,10 @@ _SUMMARIES = {
     "completion": "Print the completion script of SHELL.",
 }
 _SIGNALS: dict[int, int] = {signal.SIGINT: Interrupted.exit_code, signal.SIGTERM: 143}
+_NO_MEMORY = (
+    "the system gives this process no more memory; the output is as it was before. "
+    "Use fewer --threads, a smaller --memory, or raise the limit."
+)
 
 
 class _Commands(click.Group):
@@ -104,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say no more
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's
+            _refuse(UsageError(_NO_MEMORY), UsageError.exit_code, as_json)
         _report_bug(error, as_json)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -33,7 +33,7 @@ _MAX_WORKERS = 8
 _WORKERS_PER_GPU = 4  # one reading, one computing, one writing, one to spare
 _PART_ELEMENTS = 16 * 1024 * 1024  # tensors with more are worked on by several workers
 _AHEAD = 8  # parts that the system is asked to read before a worker comes to them
-_MANY_FILES = 64  # with more, inputs are only open while they are read
+_MANY_FILES = 32  # with more, inputs are only open while they are read
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class _Library:
         self._by_size: dict[int, list[Path]] = {}
         self._digests: dict[Path, str] = {}
         seen = 0
-        for folder in dict.fromkeys(path.resolve() for path in folders):
+        for folder in dict.fromkeys(os.path.realpath(path) for path in folders):
             for parent, _, names in os.walk(folder):
                 seen += len(names)
                 if seen > _MOST_ENTRIES:
