@@ -69,7 +69,7 @@ _ANSWERS = {
     ("stable-cascade", "stable-cascade"): ("unet",),  # stage B, where stage C is not there
 }
 _ANY_T5 = ("te1", "te2", "te3")
-_CLIP_LAYER = re.compile(r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
+_CLIP_LAYER = re.compile(r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.(\d{1,4})\.")
 _BIGG_DEPTH = 32  # layers of OpenCLIP bigG, the second text encoder of SDXL; CLIP-L has 12, OpenCLIP H 23 or 24
 _VARIANTS = {9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}  # by input channels of the first convolution
 
