@@ -263,22 +263,22 @@ def test_tensor_names_of_ten_thousand_letters(tmp_path: Path) -> None:
     assert bake("inspect", lora, "--against", base).code == 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.diffusion_model.input_blocks.{}.1.proj_in.weight",
-        "cond_stage_model.transformer.text_model.encoder.layers.{}.mlp.fc1.weight",
-        "model.layers.0.mlp.experts.{}.gate_proj.weight",
-        "down_blocks.{}.attentions.0.transformer_blocks.0.attn1.to_q.weight",
-    ],
+NINES = "9" * 5000
+NUMBERED = (
+    f"model.diffusion_model.input_blocks.{NINES}.1.proj_in.weight",
+    f"cond_stage_model.transformer.text_model.encoder.layers.{NINES}.mlp.fc1.weight",
+    f"model.layers.0.mlp.experts.{NINES}.gate_proj.weight",
+    "model.layers.0.mlp.experts.\u00b2.gate_proj.weight",
 )
-@pytest.mark.parametrize("number", ["9" * 5000, "\u00b2"], ids=["too long", "superscript"])
-def test_numbers_in_names_that_python_does_not_read(tmp_path: Path, name: str, number: str) -> None:
-    base = tmp_path / "base.safetensors"
-    arrays = {**random_arrays(small("sd1")), name.format(number): np.zeros((4, 4), np.float16)}
+
+
+def test_numbers_in_names_that_python_does_not_read(tmp_path: Path) -> None:
     _, lora, _ = sd1_pair(tmp_path)
-    assert bake("plan", save(base, arrays), "-l", lora).code == 0
-    assert bake("inspect", base).code == 0
+    arrays = random_arrays(small("sd1"))
+    for name in NUMBERED:
+        base = save(tmp_path / "base.safetensors", {**arrays, name: np.zeros((4, 4), np.float16)})
+        assert bake("plan", base, "-l", lora).code == 0, name[:50]
+        assert bake("inspect", base).code == 0, name[:50]
 
 
 class TestPlaces:
