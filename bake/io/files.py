@@ -27,6 +27,16 @@ if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
+def check_exists(path: Path) -> None:
+    """Raise InputError if there is nothing at `path`, or nothing that the system lets be seen."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: there is no such file or folder", path=str(path)) from None
+    except OSError as error:  # too long a name, a folder without permission
+        raise InputError(f"{path}: cannot be opened: {error.strerror}", path=str(path)) from None
+
+
 def open_for_reading(path: Path) -> int:
     """A file descriptor for the regular file `path`; raises InputError if it is none or cannot be opened."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
