@@ -22,6 +22,7 @@ from bake.identify.training import training_of
 from bake.io.adapter import AdapterFile, has_adapter, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.io.digest import data_sha256, known_digest
+from bake.io.files import check_exists
 from bake.io.jsontext import is_deep
 from bake.io.tensorfile import read_number
 from bake.keys.factors import split_key
@@ -41,6 +42,7 @@ def inspect(
     UsageError if `against` or `norms` is asked of anything but an adapter.
     """
     path = Path(path)
+    check_exists(path)
     source = _adapter_at(path)
     if source is not None:
         adapter = identify_adapter(source)

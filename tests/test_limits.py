@@ -21,17 +21,21 @@ from bake.io.neighbours import neighbour
 # Runs bake with limits of its own: bytes of memory beyond what the libraries take, open files; "whole" takes
 # tensors whole instead of in chunks.
 LIMITED = """
-import pathlib, re, resource, sys, threading
+import os, pathlib, re, resource, sys, threading
 memory, files, chunks, *words = sys.argv[1:]
 if memory != "-":
-    import safetensors.numpy, torch
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the program does
+    import numpy, safetensors.numpy, torch
     import bake.execute.chunk, bake.execute.pipeline, bake.verify.numeric
+    from bake.execute.plain import pipeline
     torch.ones(4, 4) @ torch.ones(4, 4)
+    numpy.ones((500, 500)) @ numpy.ones((500, 500))
     threading.stack_size(512 * 1024)
     data = re.search(r"VmData:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())
     resource.setrlimit(resource.RLIMIT_DATA, (int(data[1]) * 1024 + int(memory),) * 2)
     if chunks == "whole":
-        bake.execute.chunk.CHUNK_ELEMENTS = 2**40
+        bake.execute.chunk.CHUNK_ELEMENTS = pipeline._BLOCK_ELEMENTS = 2**40
+        pipeline._BYTES_PER_ELEMENT = 1
 if files != "-":
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(files),) * 2)
 from bake.cli import main

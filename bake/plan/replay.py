@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from bake.errors import InputError, UsageError
@@ -102,7 +102,7 @@ class _NotFound(Exception):
 def _name(wanted: dict[str, Any]) -> str:
     """The recorded name of a file below its folder; raises ValueError for one that leads out of it."""
     name: str = wanted["name"]
-    if ".." in name.split("/") or PureWindowsPath(name).anchor:
+    if ".." in name.split("/") or PureWindowsPath(name).root or PurePath(name).anchor:
         raise ValueError(f"the name {shortened(name)} leads out of its folder")
     return name
 
