@@ -151,10 +151,12 @@ class _Worker:
         self._open(part.relative)
         work = Sum(part.tensor, self._task.files, self._task.plan.rounding == "fast")
         columns, survival = as_matrix(part.tensor.view)[1], NOTHING
-        height = max(1, self._elements // max(1, columns))
-        for first in range(part.rows.start, part.rows.stop, height):
+        first, elements = part.rows.start, _SMALLEST_BLOCK  # from which the work learns which way is cheaper
+        while first < part.rows.stop:
             self._shift.check()
-            survival += self._pass(part.tensor, work, first, (min(height, part.rows.stop - first), columns))
+            height = min(part.rows.stop - first, max(1, elements // max(1, columns)))
+            survival += self._pass(part.tensor, work, first, (height, columns))
+            first, elements = first + height, self._elements
         return survival
 
     def _pass(self, tensor: TensorPlan, work: Sum, first: int, shape: tuple[int, int]) -> Survival:
