@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,15 @@ from bake.errors import InputError, UsageError, VerificationFailed
 from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
 from bake.execute.engine import Execution, outgrows_memory
 from bake.execute.task import DEFAULT_MEMORY, Options, Target
+from bake.interrupts import finished, uninterrupted
 from bake.io.digest import BackgroundDigests
-from bake.io.draft import Draft, check_target, refusal_of
-from bake.io.files import open_for_writing, write_at
+from bake.io.draft import Draft
+from bake.io.files import copy_file, inputs_only, open_for_writing, write_at, write_file
+from bake.io.fileset import Expected, FileSet
 from bake.io.header import TensorInfo, build_header
 from bake.io.jsontext import parse_object
 from bake.io.known import Digest
+from bake.io.target import check_target, lies_in, refusal_of
 from bake.io.tensorfile import open_tensors
 from bake.io.writeback import Writeback
 from bake.plan.build import build_plan as plan_recipe
@@ -79,22 +81,22 @@ def build_plan(
     NaN or infinite stay as they are in tensors that are computed, instead of being refused.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
-    return plan_recipe(
-        Recipe(
-            base=Path(base),
-            adapters=tuple(_choice(adapter) for adapter in adapters),
-            also=tuple(Path(path) for path in also),
-            dtype=dtype if isinstance(dtype, str) else dict(dtype),
-            only=tuple(only),
-            allow_unmatched=allow_unmatched,
-            metadata=dict(metadata or {}),
-            record=record,
-            embeddings=embeddings,
-            rounding=rounding,
-            seed=seed,
-            allow_nonfinite_base=allow_nonfinite_base,
-        )
+    recipe = Recipe(
+        base=Path(base),
+        adapters=tuple(_choice(adapter) for adapter in adapters),
+        also=tuple(Path(path) for path in also),
+        dtype=dtype if isinstance(dtype, str) else dict(dtype),
+        only=tuple(only),
+        allow_unmatched=allow_unmatched,
+        metadata=dict(metadata or {}),
+        record=record,
+        embeddings=embeddings,
+        rounding=rounding,
+        seed=seed,
+        allow_nonfinite_base=allow_nonfinite_base,
     )
+    with inputs_only():
+        return plan_recipe(recipe)
 
 
 def _choice(adapter: AdapterLike) -> AdapterChoice:
@@ -151,14 +153,17 @@ def run_plan(
     device: auto, cpu, cuda, cuda:N or mps. memory: bytes for buffers. threads: that compute; None for
     one per core. verify: how much is read back and recomputed before the output appears.
     Raises OutputRefused and its kin, NonFinite, InputChanged, VerificationFailed. Whatever is raised,
-    the output path is as it was before.
+    the output path is as it was before, unless the message says that the output is complete and in place.
     """
     started = time.monotonic()
     progress = progress or Silent()
     headers = {file.relative: _header(plan, file, None) for file in plan.files}
     sizes = {file.relative: len(headers[file.relative]) + _data_bytes(file) for file in plan.files}
     place = check_output_path(plan, output, overwrite=overwrite)
-    with Draft(place, sizes) as draft, EmbeddingFiles(plan, embeddings_folder(Path(output))) as beside:
+    with (
+        Draft(place, sizes, overwrite) as draft,
+        EmbeddingFiles(plan, embeddings_folder(Path(output)), overwrite) as beside,
+    ):
         targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
         try:
             # The execution comes first: it may copy this process, which threads forbid.
@@ -174,8 +179,8 @@ def run_plan(
                 report = _verified(plan, targets, verify, beside, output, progress)
         except OSError as error:
             raise refusal_of(error, place) from None
-        beside.publish()  # first: where the output is, they are
-        draft.publish()
+        _check_unchanged(plan)
+        _publish(draft, beside, Path(output))
     return Result(
         plan,
         Path(output),
@@ -184,8 +189,30 @@ def run_plan(
         report,
         sum(sizes.values()),
         time.monotonic() - started,
-        draft.leftover,
+        draft.leftover or beside.leftover,
     )
+
+
+def _check_unchanged(plan: Plan) -> None:
+    """Raise InputChanged if an input is not what it was when the plan was made: verified or not, nothing is written."""
+    FileSet(
+        [Expected(each.path, each.size, each.modified, each.changed, each.inode) for each in plan.inputs]
+    ).check_unchanged()
+
+
+def _publish(draft: Draft, beside: EmbeddingFiles, output: Path) -> None:
+    """Put the output into its place, and before it what lies beside it: where the output is, they are."""
+    beside.seal()
+    draft.seal()
+    with uninterrupted():
+        try:
+            beside.publish()
+            draft.publish()
+        finally:
+            if draft.is_published:
+                finished.append(output)
+            else:
+                beside.withdraw()
 
 
 def _verified(
@@ -200,8 +227,16 @@ def _verified(
     if verify == "none":
         return None
     paths = {relative: target.path for relative, target in targets.items()}
-    report = check_files(plan, paths, verify == "full", progress, beside.paths)
+    try:
+        report = check_files(plan, paths, verify == "full", progress, beside.paths)
+    except InputError as error:
+        if error.details.get("path") not in {str(path) for path in (*paths.values(), *beside.paths.values())}:
+            raise
+        raise VerificationFailed(
+            f"{output} was not written: its finished draft cannot be read back: {error.message}", path=str(output)
+        ) from None
     if not report.ok:
+        _check_unchanged(plan)  # which would be why
         raise VerificationFailed(
             f"{output} was not written: the finished draft is not what was planned.\n{report.summary()}",
             **report.to_json(),
@@ -216,10 +251,13 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) 
     if not is_folder and target.suffix != ".safetensors":
         raise UsageError(f"{target}: the output is a safetensors file; let its name end in .safetensors")
     inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
-    if plan.base.is_dir() and plan.base.resolve() in target.resolve().parents:
-        raise UsageError(f"{target} lies inside the base folder {plan.base}; choose a place outside it")
+    with inputs_only():
+        needed = output_bytes(plan)
+        if plan.base.is_dir() and lies_in(target.absolute().parent, plan.base):
+            raise UsageError(f"{target} lies inside the base folder {plan.base}; choose a place outside it")
+    place = check_target(target, inputs, is_folder, overwrite, needed)
     check_places(plan, embeddings_folder(target), overwrite)
-    return check_target(target, inputs, is_folder, overwrite, output_bytes(plan))
+    return place
 
 
 def output_bytes(plan: Plan) -> int:
@@ -269,9 +307,9 @@ def _write_side_files(plan: Plan, draft: Draft) -> None:
         path = draft.file(side.relative)
         path.parent.mkdir(parents=True, exist_ok=True)
         if side.content is not None:
-            path.write_text(side.content, encoding="utf-8")
+            write_file(path, side.content.encode())
         elif side.source is not None:
-            shutil.copyfile(side.source, path)
+            copy_file(side.source, path)
 
 
 def check_output(
@@ -291,20 +329,22 @@ def check_output(
     and element, else a sample. `what` is as for `build_plan`.
     Raises InputError if the output has no recipe or an input is not found.
     """
-    path = Path(output)
-    if base is None:
-        folders = [*map(Path, search), path.resolve().parent, Path.cwd()]
-        recipe = recipe_from_record(stored_recipe(path), folders, str(path))
-        try:
-            plan = plan_recipe(recipe)
-        except UsageError as error:  # nobody typed it
-            raise InputError(f"{path}: its recipe cannot be replayed: {error.message}", path=str(path)) from None
-    else:
-        plan = build_plan(base, adapters, **what)
-    paths = {file.relative: path / file.relative if file.relative else path for file in plan.files}
-    folder = embeddings_folder(path)
-    beside = {embedding.file: folder / embedding.file for embedding in plan.embeddings if embedding.file is not None}
-    return check_files(plan, paths, full, progress or Silent(), beside)
+    path, folder = Path(output), embeddings_folder(Path(output))
+    with inputs_only():
+        plan = _recorded_plan(path, search) if base is None else build_plan(base, adapters, **what)
+        paths = {file.relative: path / file.relative if file.relative else path for file in plan.files}
+        beside = {each.file: folder / each.file for each in plan.embeddings if each.file is not None}
+        return check_files(plan, paths, full, progress or Silent(), beside)
+
+
+def _recorded_plan(output: Path, search: Iterable[PathLike]) -> Plan:
+    """The plan of the recipe that is stored in `output`, with its inputs found."""
+    folders = [*map(Path, search), output.resolve().parent, Path.cwd()]
+    recipe = recipe_from_record(stored_recipe(output), folders, str(output))
+    try:
+        return plan_recipe(recipe)
+    except UsageError as error:  # nobody typed it
+        raise InputError(f"{output}: its recipe cannot be replayed: {error.message}", path=str(output)) from None
 
 
 def stored_recipe(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@
     │   ├── OutputBusy              another bake is writing this output right now
     │   └── NoSpace                 the disk cannot hold the output
     ├── VerificationFailed     9    the written file is not what was planned
-    └── Interrupted            130  Ctrl-C, or 143 for SIGTERM
+    └── Interrupted            130  Ctrl-C, or 143 for SIGTERM, 129 for SIGHUP
 
 `code` is stable and meant for programs; `details` holds whatever names the fault precisely.
 """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import layouts
 import pytest
+from crashing import Server
 from hypothesis import settings
 from models import write_random
+from scenes import KINDS, Scene, prepare
 from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE
 
 # The same examples in every run: a red build is somebody's change, never the dice. No deadline: machines are shared.
@@ -18,6 +21,15 @@ settings.register_profile("bake", deadline=None, derandomize=True)
 settings.load_profile("bake")
 
 _BIG_FREE_BYTES = 30 * 10**9
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--runs",
+        type=int,
+        default=160,
+        help="How many points of a run crash tests kill, interrupt and disturb, in all kinds of runs together.",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +40,28 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
             patch.setenv(name, folder)
         yield
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A process that forks bakes to be killed, interrupted and disturbed."""
+    if sys.platform != "linux":
+        pytest.skip("looks into /proc, and forks a process that has torch")
+    started = Server(tmp_path_factory.mktemp("server"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def scene(request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Every kind of output that a run can have, and what stood in its place before."""
+    return prepare(server, request.param, tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture
+def runs(request: pytest.FixtureRequest) -> int:
+    """How many points of each kind of run are to be tried."""
+    return max(1, int(request.config.getoption("--runs")) // len(KINDS))
 
 
 @pytest.fixture

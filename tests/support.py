@@ -122,9 +122,10 @@ class Done:
 def bake(*words: object) -> Done:
     """Run the command line in this process."""
     from bake.cli import main
+    from bake.interrupts import STOPPING
 
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main([str(word) for word in words])

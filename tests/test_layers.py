@@ -20,25 +20,26 @@ ALLOWED = {
     "dtypes": set(),
     "draws": set(),
     "garbage": set(),
-    "io": {"errors", "dtypes", "sizes"},
+    "interrupts": set(),
+    "io": {"errors", "dtypes", "interrupts", "sizes"},
     "keys": {"errors"},
     "adapters": {"errors"},
     "identify": {"errors", "io", "keys"},
     "plan": {"errors", "dtypes", "garbage", "io", "keys", "identify"},
-    "execute": {"errors", "dtypes", "draws", "garbage", "io", "keys", "plan", "adapters", "progress"},
+    "execute": {"errors", "dtypes", "draws", "garbage", "interrupts", "io", "keys", "plan", "adapters", "progress"},
     "verify": {"errors", "dtypes", "draws", "io", "keys", "plan", "adapters", "progress"},
-    "api": {"errors", "io", "plan", "execute", "verify", "progress"},
+    "api": {"errors", "interrupts", "io", "plan", "execute", "verify", "progress"},
     "doctor": {"errors", "io", "keys", "identify", "plan"},
     "norms": {"errors", "io", "keys", "identify", "adapters"},
     "inspection": {"errors", "io", "keys", "identify", "plan", "doctor", "norms"},
     "bugreport": {"errors", "io", "keys", "inspection"},
     "documents": {"errors", "api", "plan", "verify"},
     "cli": {
-        *("errors", "dtypes", "sizes", "progress", "identify", "plan", "verify"),
+        *("errors", "dtypes", "interrupts", "sizes", "progress", "identify", "plan", "verify"),
         *("api", "documents", "inspection", "bugreport"),
     },
 }
-STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "sizes", "progress", "keys", "plan")
+STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "interrupts", "sizes", "progress", "keys", "plan")
 WITH_TORCH = {
     PACKAGE / "draws.py",
     PACKAGE / "io" / "payload.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -17,7 +18,8 @@ import click
 
 from bake import __version__
 from bake.cli.text import printable
-from bake.errors import BakeError, Interrupted, UsageError
+from bake.errors import BakeError, Interrupted, OutputRefused, UsageError
+from bake.interrupts import STOPPING, finished
 
 # name -> module; `bake --help` lists them in this order
 COMMANDS = {
@@ -36,7 +38,6 @@ _SUMMARIES = {
     "env": "Print versions and devices, for bug reports.",
     "completion": "Print the completion script of SHELL.",
 }
-_SIGNALS: dict[int, int] = {signal.SIGINT: Interrupted.exit_code, signal.SIGTERM: 143}
 
 
 class _Commands(click.Group):
@@ -66,16 +67,29 @@ def cli() -> None:
 
     Exit codes: 0 done, 1 a bug in bake, 2 usage, 3 unreadable input, 4 adapter modules unmatched,
     5 shapes or families that do not fit, 6 recognised but not supported, 7 non-finite numbers,
-    8 output refused, 9 verification failed, 130 interrupted (143 by SIGTERM).
+    8 output refused, 9 verification failed, 130 interrupted (143 by SIGTERM, 129 by SIGHUP).
     """
 
 
 class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM. No KeyboardInterrupt: click would answer that one by itself."""
+    """Ctrl-C or its kin. No KeyboardInterrupt: click would answer that one by itself."""
 
 
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Stopped(_SIGNALS[number])
+    _listen(signal.SIG_IGN)  # once is enough: what it sets off, cleaning up, shall not be interrupted
+    raise _Stopped(128 + number)
+
+
+def _listen(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> None:
+    """Have the signals that end a program answered by `handler`, but for those that its parent had ignored (nohup)."""
+    for number in STOPPING:
+        if signal.getsignal(number) not in (None, signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
+def _fate() -> str:
+    """What became of the output of an interrupted run."""
+    return f"{finished[-1]} is complete" if finished else "the output is as it was before"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -88,8 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
-    for number in _SIGNALS:
-        signal.signal(number, _on_signal)
+    finished.clear()
+    try:
+        _listen(_on_signal)
+        sys.exit(_answer(words, as_json))
+    except _Stopped as stopped:
+        _refuse(Interrupted(f"interrupted: {_fate()}"), stopped.args[0], as_json)
+
+
+def _answer(words: Sequence[str], as_json: bool) -> int:
+    """Run the command; returns its exit code, or exits with that of a refusal."""
     try:
         code = cli.main(words, prog_name="bake", standalone_mode=False)
     except BakeError as error:
@@ -102,14 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             error.show()
             sys.exit(error.exit_code)
         _refuse(UsageError(error.format_message()), error.exit_code, as_json)
-    except _Stopped as stopped:
-        _refuse(Interrupted("interrupted: the output is as it was before"), stopped.args[0], as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say no more
         sys.exit(1)
+    except OSError as error:
+        what = error.filename or "standard output"
+        _refuse(OutputRefused(f"{what}: {error.strerror or error}; {_fate()}"), OutputRefused.exit_code, as_json)
     except Exception as error:
         _report_bug(error, as_json)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def run() -> NoReturn:
@@ -119,11 +142,12 @@ def run() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    _listen(signal.SIG_IGN)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:
-        code = 1
+    except OSError:
+        code = code or 1
     os._exit(code)
 
 
@@ -131,15 +155,17 @@ def _refuse(error: BakeError, code: int, as_json: bool) -> NoReturn:
     if as_json:
         from bake.documents import error_document
 
-        print(json.dumps(error_document(error, code), indent=2, default=str))
+        said, stream = json.dumps(error_document(error, code), indent=2, default=str), sys.stdout
     else:
-        print(f"bake: {printable(error.message, lines=True)}", file=sys.stderr)
+        said, stream = f"bake: {printable(error.message, lines=True)}", sys.stderr
+    with contextlib.suppress(OSError):  # the terminal may be gone; the code says it too
+        print(said, file=stream, flush=True)
     sys.exit(code)
 
 
 def _report_bug(error: Exception, as_json: bool) -> NoReturn:
     message = (
-        f"a bug in bake: {type(error).__name__}: {error}. Nothing was written. "
+        f"a bug in bake: {type(error).__name__}: {error}; {_fate()}. "
         f"Please report it with the output of 'bake env'; BAKE_TRACEBACK=1 shows where it happened."
     )
     if os.environ.get("BAKE_TRACEBACK"):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from bake.io.files import read_bytes, read_into, reading
+from bake.io.files import read_bytes, read_into, reading, status_of
 from bake.io.known import Digest, recall, remember
 from bake.io.tensorfile import open_tensors
 
@@ -23,7 +22,7 @@ def digest_file(path: Path, stop: threading.Event | None = None) -> Digest:
     """The digests of `path` in one pass; given up (with an empty sha256) once `stop` is set."""
     whole = hashlib.sha256()
     with reading(path) as fd:
-        size = os.fstat(fd).st_size
+        size = status_of(fd, path).st_size
         for piece in _pieces(fd, 0, size, path):
             whole.update(piece)
             if stop is not None and stop.is_set():
@@ -34,7 +33,7 @@ def digest_file(path: Path, stop: threading.Event | None = None) -> Digest:
 def known_digest(path: Path, stop: threading.Event | None = None) -> Digest:
     """As `digest_file`, but without reading the file again if it was digested before and has not changed since."""
     with reading(path) as fd:
-        status = os.fstat(fd)
+        status = status_of(fd, path)
     digest = recall(path, status)
     if digest is None:
         digest = digest_file(path, stop)

@@ -6,17 +6,18 @@ second run on the same output is told, and what `kill -9` left behind is found a
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import os
-import shutil
-import sys
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from bake.errors import NoSpace, OutputBusy, OutputExists, OutputRefused, SameFile
-from bake.sizes import format_bytes
+from bake.errors import BakeError, OutputBusy, OutputExists, OutputRefused
+from bake.interrupts import uninterrupted
+from bake.io.moves import exchange, remove, rename_new, sync_file, sync_folder
+from bake.io.target import aside_of, draft_of, is_taken, refusal_of
 
 try:
     import fcntl
@@ -25,82 +26,48 @@ except ImportError:  # Windows
 else:
     _CAN_LOCK = True
 
-_SUFFIX = ".bake-draft"
-_MODEL_FILES = ("model_index.json", "config.json")
-
-
-def check_target(target: Path, inputs: Iterable[Path], is_folder: bool, overwrite: bool, needed: int) -> Path:
-    """The place that is really written (links followed), after every refusal that can be known now.
-
-    needed: bytes of the whole output. Raises OutputRefused and its kin; nothing is created.
-    """
-    place = Path(os.path.realpath(target))
-    if not place.parent.is_dir():
-        raise OutputRefused(f"{target}: the folder {place.parent} does not exist", path=str(target))
-    if not os.access(place.parent, os.W_OK):
-        raise OutputRefused(f"{target}: no permission to write in {place.parent}", path=str(target))
-    for source in inputs:
-        if _is_inside(source, place) or (place.exists() and source.exists() and os.path.samefile(place, source)):
-            raise SameFile(f"{target} is, or contains, the input {source}; choose another output", path=str(target))
-    if place.exists():
-        _check_existing(target, place, is_folder, overwrite)
-    free = shutil.disk_usage(place.parent).free
-    if needed > free:
-        raise NoSpace(
-            f"{target}: the output takes {format_bytes(needed)}, {place.parent} has {format_bytes(free)} free",
-            needed=needed,
-            free=free,
-        )
-    return place
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    real = Path(os.path.realpath(path))
-    return folder == real or folder in real.parents
-
-
-def _check_existing(target: Path, place: Path, is_folder: bool, overwrite: bool) -> None:
-    if is_folder and not place.is_dir():
-        raise OutputRefused(f"{target} is a file; the output of this base is a folder", path=str(target))
-    if not is_folder and not place.is_file():
-        raise OutputRefused(f"{target} is not a regular file; the output of this base is one", path=str(target))
-    if not overwrite and not (place.is_dir() and not any(place.iterdir())):
-        raise OutputExists(f"{target} exists; use --overwrite to replace it", path=str(target))
-    if is_folder and any(place.iterdir()):
-        is_model = any((place / name).is_file() for name in _MODEL_FILES) or any(place.glob("*.safetensors"))
-        if not is_model:
-            raise OutputExists(
-                f"{target} is a folder that does not look like a model; bake replaces only models. "
-                f"Remove it, or choose another output.",
-                path=str(target),
-            )
+# What a rename answers if there is something where nothing should be.
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
 
 
 class Draft:
     """The output under construction: `publish` moves it into place, leaving the block otherwise removes it."""
 
-    def __init__(self, place: Path, sizes: Mapping[str, int]) -> None:
-        """Create the draft of `place` with its disk space reserved.
+    def __init__(self, place: Path, sizes: Mapping[str, int], overwrite: bool = False) -> None:
+        """Nothing is created before the block is entered.
 
         place: as `check_target` gave it. sizes: bytes by relative path; {"": n} for a single file.
-        Raises OutputBusy if another run is writing `place`, NoSpace or OutputRefused if the disk refuses.
+        overwrite: what is in the place when the draft is published may be replaced.
         """
         self.place = place
-        self.path = place.with_name(f".{place.name}{_SUFFIX}")
+        self.path = draft_of(place)
         self.is_folder = "" not in sizes
-        _restore(place)
-        self.leftover = False  # a draft of a killed run was found and is being replaced
-        self._owned = False
+        self.leftover = False  # something that a killed run had left was removed
+        self.is_published = False
+        self.has_replaced = False  # published where something was
+        self._sizes, self._overwrite = dict(sizes), overwrite
+        self._is_sealed = False
         self._lock = -1
-        self._lock = self._claim()
+
+    def __enter__(self) -> Draft:
+        """Create the draft with its disk space reserved.
+
+        Raises OutputBusy if another run is writing the same output, OutputExists if something appeared there since
+        the place was checked, NoSpace or OutputRefused if the disk refuses.
+        """
         try:
-            for relative, size in sizes.items():
-                _create(self.file(relative), size)
+            with uninterrupted():
+                self._lock = self._claim()
+                self._tidy()
+            if not self._overwrite and is_taken(self.place):
+                raise self._taken()
+            for relative, size in self._sizes.items():
+                self._create(relative, size)
         except BaseException as error:
-            self.discard()
-            if isinstance(error, OSError):
-                raise refusal_of(error, place) from None
-            raise
+            refusal = refusal_of(error, self.place) if isinstance(error, OSError) else error
+            self.__exit__(type(refusal), refusal, None)
+            raise refusal from None
+        return self
 
     def file(self, relative: str) -> Path:
         """Where the output file `relative` is under construction."""
@@ -109,168 +76,231 @@ class Draft:
     def _claim(self) -> int:
         """Take the draft's name for this process; returns the locked descriptor."""
         while True:
+            made = _make_folder(self.path) if self.is_folder else _make_file(self.path)
+            if made is None and not _CAN_LOCK:
+                remove(self.path)  # Windows removes nothing that a run has open
+                self.leftover = True
+                continue
+            descriptor = _open_found(self.path) if made is None else made
+            if descriptor is None:
+                continue  # its owner finished meanwhile
+            owned = False
             try:
-                self.leftover |= self.path.exists()
-                lock = _open_folder(self.path) if self.is_folder else _open_file(self.path)
-            except OSError as error:
-                raise refusal_of(error, self.place) from None
-            if not _lock(lock):
-                os.close(lock)
-                raise OutputBusy(f"{self.place} is being written by another bake at this moment", path=str(self.place))
-            if not _CAN_LOCK or _is_still(lock, self.path):
-                break
-            os.close(lock)  # its owner finished between our opening and locking it
-            self.leftover = False
-        self._owned = True
-        if self.leftover and self.is_folder:
-            for entry in self.path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        elif self.leftover:
-            os.truncate(self.path, 0)
-        return lock
+                owned = self._owns(descriptor, made is not None)
+            except OSError:
+                if made is not None:
+                    remove(self.path)
+                raise
+            finally:
+                if not owned:
+                    os.close(descriptor)
+            if owned:
+                return descriptor
 
-    def publish(self) -> None:
-        """Bring everything to the disk, then put the draft in the output's place in one step.
+    def _owns(self, descriptor: int, is_new: bool) -> bool:
+        """True if the draft that is open is ours, and locked; False if its name is free now.
 
-        Raises OutputRefused if the system refuses; the old output is then still in place.
+        A draft that is found and that nobody has locked is what a killed run left. It is removed rather than
+        written into: it may have another name.
         """
+        is_locked = _lock(descriptor)
+        if is_locked is False:
+            raise OutputBusy(f"{self.place} is being written by another bake at this moment", path=str(self.place))
+        if _CAN_LOCK and not _is_still(descriptor, self.path):
+            return False  # its owner finished between our opening and locking it
+        if is_new:
+            return True
+        if is_locked is None:
+            raise OutputBusy(
+                f"{self.place} may be being written by another bake: there is {self.path}, and this file system "
+                f"has no locks to tell. Remove that if no bake is running.",
+                path=str(self.place),
+            )
+        remove(self.path)
+        self.leftover = True
+        return False
+
+    def _tidy(self) -> None:
+        """Put back, or remove, the old folder that a run set aside and was killed."""
+        aside = aside_of(self.place)
+        if not self.is_folder or not os.path.lexists(aside):
+            return
+        if os.path.lexists(self.place):
+            remove(aside)
+            self.leftover = True
+        else:
+            os.replace(aside, self.place)
+
+    def _create(self, relative: str, size: int) -> None:
+        if not self.is_folder:
+            _reserve(self._lock, size)
+            return
+        path = self.file(relative)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_new(path)
         try:
-            for path in sorted(self.path.rglob("*")) if self.is_folder else ():
-                _sync(path)
-            _sync(self.path)
-            if not _CAN_LOCK:
-                self._release()  # Windows does not rename an open file
-            if self.is_folder and self.place.exists():
-                _exchange(self.path, self.place)
-                shutil.rmtree(self.path)  # it is the old output now
-            else:
-                os.replace(self.path, self.place)
-            self._owned = False
-            _sync(self.place.parent)
+            _reserve(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def seal(self) -> None:
+        """Bring all of the draft to the disk. Raises OutputRefused if the disk refuses."""
+        if self._is_sealed:
+            return
+        try:
+            paths = sorted(self.path.rglob("*"), reverse=True) if self.is_folder else []
+            for path in (*paths, self.path):
+                sync_folder(path) if path.is_dir() else sync_file(path)
         except OSError as error:
             raise refusal_of(error, self.place) from None
-        self._release()
+        self._is_sealed = True
+
+    def publish(self) -> None:
+        """Seal the draft and put it in the output's place in one step, which no signal interrupts.
+
+        Raises OutputExists if something appeared there, OutputRefused if the system refuses. If `is_published` is
+        false then, the old output is still in place.
+        """
+        self.seal()
+        with uninterrupted():
+            try:
+                old = self._move()
+            except OSError as error:
+                if not self._overwrite and error.errno in _IN_THE_WAY:
+                    raise self._taken() from None
+                raise refusal_of(error, self.place) from None
+            self.is_published = True
+            try:
+                sync_folder(self.place.parent)
+                if old is not None:
+                    remove(old)
+            except OSError as error:
+                reason = f"{error.strerror or error} ({error.filename or self.place.parent})"
+                raise OutputRefused(
+                    f"{self.place} is complete and in place, but the system failed after that: {reason}",
+                    path=str(self.place),
+                    reason=reason,
+                ) from None
+            finally:
+                self._release()
+
+    def _move(self) -> Path | None:
+        """Rename the draft; returns where the old folder is now, if there was one. Raises OSError."""
+        if _CAN_LOCK and not _is_still(self._lock, self.path):
+            raise FileNotFoundError(
+                errno.ENOENT, "its draft was removed or replaced by another program", str(self.path)
+            )
+        if not _CAN_LOCK:
+            self._release()  # Windows does not rename an open file
+        if not self._overwrite or not is_taken(self.place):
+            rename_new(self.path, self.place)
+            return None
+        self.has_replaced = True
+        if self.is_folder:
+            return exchange(self.path, self.place)
+        os.replace(self.path, self.place)
+        return None
 
     def discard(self) -> None:
-        """Remove the draft, unless it was published; the output's place stays as it was."""
-        if self._owned:
-            self._owned = False
-            if not _CAN_LOCK:
+        """Remove the draft, unless it was published; the output's place stays as it was. Raises OSError."""
+        with uninterrupted():
+            try:
+                if self._lock >= 0 and not self.is_published and (not _CAN_LOCK or _is_still(self._lock, self.path)):
+                    if not _CAN_LOCK:
+                        self._release()
+                    remove(self.path)
+            finally:
                 self._release()
-            if self.is_folder:
-                shutil.rmtree(self.path, ignore_errors=True)
-            else:
-                self.path.unlink(missing_ok=True)
-        self._release()
 
     def _release(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)
+            with contextlib.suppress(OSError):  # nothing was written through it
+                os.close(self._lock)
             self._lock = -1
 
-    def __enter__(self) -> Draft:
-        return self
+    def _taken(self) -> OutputExists:
+        return OutputExists(
+            f"{self.place} appeared while bake was at work; use --overwrite to replace it", path=str(self.place)
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.discard()
+        try:
+            self.discard()
+        except OSError as failure:
+            said = f"its draft {self.path} could not be removed: {failure.strerror or failure}"
+            if isinstance(error, BakeError):
+                error.message += f"; {said}"
+            elif error is None:
+                raise OutputRefused(f"{self.place}: {said}", path=str(self.place)) from None
 
 
-def refusal_of(error: OSError, place: Path) -> OutputRefused:
-    """What an operating system error means for the output at `place`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(f"{place}: the disk is full; nothing was changed", path=str(place))
-    return OutputRefused(f"{place}: cannot be written: {error.strerror or error}", path=str(place))
-
-
-def _open_folder(path: Path) -> int:
-    """A descriptor of the folder, created if need be; Windows has none, there it stands for nothing."""
-    path.mkdir(exist_ok=True)
-    return os.open(path if sys.platform != "win32" else os.devnull, os.O_RDONLY)
-
-
-def _open_file(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-
-
-def _create(path: Path, size: int) -> None:
-    """A file of `size` bytes whose space is reserved where the file system can do that."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _open_file(path)
+def _make_folder(path: Path) -> int | None:
+    """A descriptor of the new folder `path` (Windows has none: of nothing); None if the name is taken."""
     try:
-        if size and hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(descriptor, 0, size)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-        os.ftruncate(descriptor, size)
-    finally:
-        os.close(descriptor)
+        path.mkdir()
+    except FileExistsError:
+        return None
+    try:
+        return os.open(path if _CAN_LOCK else os.devnull, os.O_RDONLY)
+    except FileNotFoundError:  # another run took it for a leftover
+        return None
+    except OSError:
+        path.rmdir()
+        raise
 
 
-def _lock(descriptor: int) -> bool:
-    """Take the exclusive lock; False if another process has it."""
+def _make_file(path: Path) -> int | None:
+    """A descriptor of the new file `path`; None if the name is taken."""
+    try:
+        return _open_new(path)
+    except FileExistsError:
+        return None
+
+
+def _open_new(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def _open_found(path: Path) -> int | None:
+    """A descriptor of the file or folder `path`, to lock it by; None if it is gone. Raises OSError for links."""
+    try:
+        # Some network file systems lock only what is open for writing.
+        access = os.O_RDONLY if stat.S_ISDIR(path.lstat().st_mode) else os.O_RDWR
+        return os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Make an empty file `size` bytes long, with its space reserved where the file system can do that."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, size)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the exclusive lock; False if another process has it, None where there are no locks."""
     if not _CAN_LOCK:
-        return True
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        pass
+        return None
     return True
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
     """True if `path` is the file that `descriptor` has open."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
-
-
-def _sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to the disk."""
-    if path.is_dir() and sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _aside(place: Path) -> Path:
-    """Where the old folder waits while the new one takes its place, where that takes two steps."""
-    return place.with_name(f".{place.name}.bake-old")
-
-
-def _restore(place: Path) -> None:
-    """Put back what a run killed between the two steps of an exchange had set aside."""
-    aside = _aside(place)
-    if aside.exists() and not place.exists():
-        os.replace(aside, place)
-
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders: in one step where the system can (Linux), else in two with the old one aside."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if rename is not None:
-        if rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    aside = _aside(old)
-    os.replace(old, aside)
-    try:
-        os.replace(new, old)
-    except OSError:
-        os.replace(aside, old)
-        raise
-    os.replace(aside, new)

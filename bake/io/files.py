@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -17,9 +18,6 @@ WRITE_PIECE = 256 * 1024
 READ_PIECE = 1024 * 1024
 COPY_PIECE = 64 * 1024 * 1024
 
-# A file system that cannot copy inside the kernel answers with one of these.
-_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
-
 
 def open_for_reading(path: Path) -> int:
     """A file descriptor for the regular file `path`; raises InputError if it is none or cannot be opened."""
@@ -34,6 +32,30 @@ def open_for_reading(path: Path) -> int:
     return fd
 
 
+def close_input(fd: int) -> None:
+    """Close a file that was only read: nothing is lost if the system complains."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+@contextmanager
+def inputs_only() -> Iterator[None]:
+    """For work that only reads: what the system refuses within the block is an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        path = str(error.filename)
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}", path=path) from None
+
+
+def status_of(fd: int, path: Path) -> os.stat_result:
+    """What the system knows of an open input; raises InputError."""
+    try:
+        return os.fstat(fd)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", path=str(path)) from None
+
+
 def open_for_writing(path: Path) -> int:
     """A file descriptor for writing into the existing file `path`; raises OSError."""
     return os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -46,7 +68,7 @@ def reading(path: Path) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        close_input(fd)
 
 
 def _read_positioned(fd: int, buffer: memoryview, offset: int) -> int:
@@ -86,9 +108,13 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: object) -> None:
         try:
             count = _read_some(fd, buffer[done:], offset + done)
         except OSError as error:
-            raise InputError(f"{path}: reading failed at byte {offset + done}: {error.strerror}") from None
+            raise InputError(
+                f"{path}: reading failed at byte {offset + done}: {error.strerror}", path=str(path)
+            ) from None
         if count == 0:
-            raise InputError(f"{path}: the file ends at byte {offset + done}, {len(buffer) - done} more were due")
+            raise InputError(
+                f"{path}: the file ends at byte {offset + done}, {len(buffer) - done} more were due", path=str(path)
+            )
         done += count
 
 
@@ -103,25 +129,28 @@ def prefetch(fd: int, begin: int, end: int) -> None:
     """Ask the system to have bytes [begin, end) of the file in memory soon, unless they are there already."""
     if not hasattr(os, "RWF_NOWAIT"):  # Linux
         return
-    try:
-        os.preadv(fd, [bytearray(1)], begin, os.RWF_NOWAIT)
-    except BlockingIOError:  # a look at the first byte costs little, advice about cached pages costs a walk over them
-        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
-    except OSError:
-        pass  # not every file system can tell
+    with contextlib.suppress(OSError):  # not every file system can tell
+        try:
+            os.preadv(fd, [bytearray(1)], begin, os.RWF_NOWAIT)
+        except BlockingIOError:  # a look at one byte costs little, advice about cached pages costs a walk over them
+            os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def forget(fd: int, begin: int, end: int) -> None:
     """Tell the system that bytes [begin, end) of the file, if they are on the disk, need no memory any more."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # it is only advice
+            os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at byte `offset`; raises OSError as the system gives it."""
     done = 0
     while done < len(data):
-        done += _write_some(fd, data[done : done + WRITE_PIECE], offset + done)
+        count = _write_some(fd, data[done : done + WRITE_PIECE], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "the system writes no more and does not say why")
+        done += count
 
 
 def copy_range(
@@ -139,11 +168,9 @@ def copy_range(
         if in_kernel:
             try:
                 count = os.copy_file_range(source, target, count, position, offset + position - begin)
-            except OSError as error:
-                if error.errno not in _CANNOT_COPY:
-                    raise
+            except OSError:
                 count = 0
-            if count == 0:  # not possible here, or the source ended: plain reading tells which
+            if count == 0:  # not possible here, or one of the two files failed, or ended: plain copying tells which
                 in_kernel = False
                 continue
         else:
@@ -154,3 +181,24 @@ def copy_range(
             write_at(target, piece, offset + position - begin)
         position += count
         progress(count)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a whole file to `target`, which is new; raises InputError, and OSError for the target."""
+    with reading(source) as fd, _creating(target) as output:
+        copy_range(fd, 0, status_of(fd, source).st_size, output, 0, source, lambda count: None)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Make a file; raises OSError."""
+    with _creating(path) as output:
+        write_at(output, memoryview(content), 0)
+
+
+@contextmanager
+def _creating(path: Path) -> Iterator[int]:
+    output = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        yield output
+    finally:
+        os.close(output)

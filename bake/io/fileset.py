@@ -18,6 +18,8 @@ class Expected(NamedTuple):
     path: Path
     size: int
     modified: int  # nanoseconds
+    changed: int = 0  # nanoseconds, of what the system knows of the file; 0: not known
+    inode: int = 0
 
 
 class FileSet:
@@ -50,12 +52,15 @@ class FileSet:
                     file.close()
 
     def _check(self, place: int) -> None:
-        path, size, modified = self._expected[place]
+        path, size, modified, changed, inode = self._expected[place]
         try:
             status = path.stat()
         except OSError as error:
             raise InputError(f"{path}: cannot be read any more: {error.strerror}", path=str(path)) from None
-        if (status.st_size, status.st_mtime_ns) != (size, modified):
+        # A file put in its place may have its size and time. Of these two, one alone says little: a new link to a file
+        # changes the one, some network file systems the other.
+        is_another = inode != 0 and status.st_ino != inode and status.st_ctime_ns != changed
+        if is_another or (status.st_size, status.st_mtime_ns) != (size, modified):
             raise InputChanged(f"{path} changed after it was planned with; start again", path=str(path))
 
     def check_unchanged(self) -> None:

@@ -37,6 +37,7 @@ class PickledFile:
         self.path = path
         status = path.stat()
         self.size, self.modified = status.st_size, status.st_mtime_ns
+        self.changed, self.inode = status.st_ctime_ns, status.st_ino
         content = _load(path, self.size)
         self.is_list = isinstance(content, (list, tuple))
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from pathlib import Path
 from typing import Protocol
 
 from bake.dtypes import decode_scalar
 from bake.errors import InputError, Unsupported
-from bake.io.files import forget, open_for_reading, prefetch, read_bytes, read_into
+from bake.io.files import (
+    close_input,
+    forget,
+    inputs_only,
+    open_for_reading,
+    prefetch,
+    read_bytes,
+    read_into,
+    reading,
+    status_of,
+)
 from bake.io.header import Header, TensorInfo, header_length, parse_header
 
 _FEW = 64  # numbers that are read while planning
@@ -21,7 +30,9 @@ class TensorFile(Protocol):
 
     path: Path
     size: int  # bytes of the whole file
-    modified: int  # modification time in nanoseconds, to notice a change between plan and run
+    modified: int  # nanoseconds; with the next two, to notice a change between plan and run
+    changed: int  # nanoseconds, when the system last changed what it knows of the file
+    inode: int
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]  # in the order of their bytes
     is_list: bool  # its tensors have no names, only places
@@ -60,8 +71,9 @@ class SafetensorsFile:
         self._data_start = header.data_start
 
     def _read_header(self) -> Header:
-        status = os.fstat(self._descriptor())
+        status = status_of(self._descriptor(), self.path)
         self.size, self.modified = status.st_size, status.st_mtime_ns
+        self.changed, self.inode = status.st_ctime_ns, status.st_ino
         prefix = read_bytes(self._descriptor(), 0, min(8, self.size), self.path)
         length = header_length(prefix, self.size, str(self.path))
         text = read_bytes(self._descriptor(), 8, 8 + length, self.path)
@@ -88,7 +100,7 @@ class SafetensorsFile:
     def close(self) -> None:
         with self._opening:
             if self._fd is not None:
-                os.close(self._fd)
+                close_input(self._fd)
                 self._fd = None
 
 
@@ -98,14 +110,14 @@ def open_tensors(path: Path) -> TensorFile:
     Raises InputError for what cannot be read, HeaderError for a malformed safetensors file,
     PickleRefused for a pickle that wants code, Unsupported for formats that bake knows only by name.
     """
-    if path.is_dir():
+    with inputs_only():
+        is_folder, is_file = path.is_dir(), path.is_file()
+    if is_folder:
         raise InputError(f"{path} is a folder, a file was expected", path=str(path))
-    fd = open_for_reading(path)
-    try:
-        status = os.fstat(fd)
-        start = read_bytes(fd, 0, min(9, status.st_size), path)
-    finally:
-        os.close(fd)
+    if not is_file and path.exists():  # a pipe: reading one would wait for ever
+        raise InputError(f"{path} is not a regular file; save it to one first", path=str(path))
+    with reading(path) as fd:
+        start = read_bytes(fd, 0, min(9, status_of(fd, path).st_size), path)
     if start[:4] == b"GGUF":
         raise Unsupported(
             f"{path} is a GGUF file. bake works on 16- and 32-bit weights: fuse into the original "

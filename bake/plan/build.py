@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 from bake.errors import UsageError
 from bake.garbage import without_collecting
@@ -15,6 +16,7 @@ from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.identify.scaled import scaled_layers
 from bake.io.adapter import content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
+from bake.io.tensorfile import TensorFile
 from bake.plan.base import check_family
 from bake.plan.casts import Casting, check_casts
 from bake.plan.embeddings import embedding_notes, plan_embeddings
@@ -135,15 +137,16 @@ def _open_adapters(recipe: Recipe, identity: BaseIdentity, opened: ExitStack) ->
 
 def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[Input, ...], tuple[AdapterUse, ...]]:
     """Every file that is read, the base's first, and the adapters with their places among them."""
-    inputs = [Input(part.file.path, part.file.size, part.file.modified, "base") for part in checkpoint.files]
+    inputs = [_input(part.file, "base") for part in checkpoint.files]
     adapters = []
     for use in uses:
         adapter, choice, source = use.adapter, use.choice, use.adapter.source
         weights, config = len(inputs), None
-        inputs.append(Input(source.file.path, source.file.size, source.file.modified, "adapter"))
+        inputs.append(_input(source.file, "adapter"))
         if source.config_path is not None:
             status, config = source.config_path.stat(), len(inputs)
-            inputs.append(Input(source.config_path, status.st_size, status.st_mtime_ns, "config"))
+            known = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+            inputs.append(Input(source.config_path, *known, "config"))
         adapters.append(
             AdapterUse(
                 name=source.name,
@@ -162,6 +165,10 @@ def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[In
             )
         )
     return tuple(inputs), tuple(adapters)
+
+
+def _input(file: TensorFile, role: Literal["base", "adapter"]) -> Input:
+    return Input(file.path, file.size, file.modified, file.changed, file.inode, role)
 
 
 def _match(

@@ -21,11 +21,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A file that is read. `size` and `modified` tell whether it is still the one that was planned with."""
+    """A file that is read; what is known of it tells whether it is still the one that was planned with."""
 
     path: Path
     size: int  # bytes
     modified: int  # nanoseconds
+    changed: int  # nanoseconds, of what the system knows of the file
+    inode: int
     role: Literal["base", "adapter", "config"]
 
 

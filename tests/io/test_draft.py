@@ -12,13 +12,9 @@ from pathlib import Path
 import pytest
 from support import ROOT, drafts
 
-from bake.errors import NoSpace, OutputBusy, OutputExists, OutputRefused, SameFile
-from bake.io import draft as module
-from bake.io.draft import Draft, check_target
-
-
-def check(target: Path, inputs=(), is_folder: bool = False, overwrite: bool = False, needed: int = 100) -> Path:
-    return check_target(target, inputs, is_folder, overwrite, needed)
+from bake.errors import NoSpace, OutputBusy, OutputRefused
+from bake.io import moves as module
+from bake.io.draft import Draft
 
 
 def make_model(folder: Path) -> Path:
@@ -28,82 +24,11 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-class TestTargets:
-    def test_a_free_place_is_accepted(self, tmp_path: Path) -> None:
-        assert check(tmp_path / "out.safetensors") == tmp_path / "out.safetensors"
-
-    def test_a_link_is_followed(self, tmp_path: Path) -> None:
-        (tmp_path / "real").mkdir()
-        (tmp_path / "out.safetensors").symlink_to(tmp_path / "real" / "x.safetensors")
-        assert check(tmp_path / "out.safetensors") == tmp_path / "real" / "x.safetensors"
-
-    def test_an_existing_output_needs_overwrite(self, tmp_path: Path) -> None:
-        (tmp_path / "out").write_bytes(b"old")
-        with pytest.raises(OutputExists, match="--overwrite"):
-            check(tmp_path / "out")
-        assert check(tmp_path / "out", overwrite=True)
-
-    def test_an_empty_folder_is_free(self, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
-        assert check(tmp_path / "out", is_folder=True)
-
-    def test_a_folder_that_is_no_model_is_never_replaced(self, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.txt").write_text("years of work")
-        with pytest.raises(OutputExists, match="does not look like a model"):
-            check(tmp_path / "out", is_folder=True, overwrite=True)
-
-    @pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])
-    def test_an_input_is_no_output(self, tmp_path: Path, how: str) -> None:
-        base = tmp_path / "base.safetensors"
-        base.write_bytes(b"weights")
-        target = base if how == "same" else tmp_path / "out.safetensors"
-        if how == "symlink":
-            target.symlink_to(base)
-        if how == "hardlink":
-            target.hardlink_to(base)
-        with pytest.raises(SameFile):
-            check(target, [base], overwrite=True)
-
-    def test_a_folder_that_holds_an_input_is_no_output(self, tmp_path: Path) -> None:
-        folder = make_model(tmp_path / "model")
-        with pytest.raises(SameFile):
-            check(folder, [folder / "old.safetensors"], is_folder=True, overwrite=True)
-
-    def test_the_folder_of_the_output_must_exist(self, tmp_path: Path) -> None:
-        with pytest.raises(OutputRefused, match="does not exist"):
-            check(tmp_path / "no" / "out")
-
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_a_folder_without_permission_is_refused(self, tmp_path: Path) -> None:
-        tmp_path.chmod(0o500)
-        with pytest.raises(OutputRefused, match="no permission"):
-            check(tmp_path / "out")
-
-    def test_a_disk_that_is_too_small_is_refused_before_any_work(self, tmp_path: Path) -> None:
-        with pytest.raises(NoSpace, match="free") as caught:
-            check(tmp_path / "out", needed=10**18)
-        assert caught.value.details["needed"] == 10**18
-
-    def test_a_folder_in_the_place_of_a_file_and_the_reverse_are_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "folder").mkdir()
-        (tmp_path / "file").touch()
-        with pytest.raises(OutputRefused, match="not a regular file"):
-            check(tmp_path / "folder", overwrite=True)
-        with pytest.raises(OutputRefused, match="is a file"):
-            check(tmp_path / "file", is_folder=True, overwrite=True)
-
-    def test_a_pipe_is_no_output(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(OutputRefused, match="not a regular file"):
-            check(tmp_path / "pipe", overwrite=True)
-
-
 class TestFiles:
     def test_published_bytes_replace_the_old_file(self, tmp_path: Path) -> None:
         place = tmp_path / "out"
         place.write_bytes(b"old")
-        with Draft(place, {"": 3}) as draft:
+        with Draft(place, {"": 3}, overwrite=True) as draft:
             draft.file("").write_bytes(b"new")
             assert place.read_bytes() == b"old"
             draft.publish()
@@ -113,7 +38,7 @@ class TestFiles:
     def test_an_error_leaves_the_old_file_and_no_litter(self, tmp_path: Path) -> None:
         place = tmp_path / "out"
         place.write_bytes(b"old")
-        with pytest.raises(RuntimeError), Draft(place, {"": 100}):
+        with pytest.raises(RuntimeError), Draft(place, {"": 100}, overwrite=True):
             raise RuntimeError
         assert place.read_bytes() == b"old"
         assert not drafts(tmp_path)
@@ -140,8 +65,8 @@ class TestFiles:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, "posix_fallocate", refuse)
-        with pytest.raises(kind):
-            Draft(tmp_path / "out", {"": 100})
+        with pytest.raises(kind), Draft(tmp_path / "out", {"": 100}):
+            pass
         assert not drafts(tmp_path)
 
     def test_a_file_system_without_reservation_gets_an_empty_file_of_the_size(
@@ -164,7 +89,7 @@ class TestFiles:
         def fail(*arguments: object) -> None:
             raise OSError(errno.EIO, "broken disk")
 
-        with Draft(place, {"": 3}) as draft:
+        with Draft(place, {"": 3}, overwrite=True) as draft:
             monkeypatch.setattr(os, call, fail)
             with pytest.raises(OutputRefused, match="broken disk"):
                 draft.publish()
@@ -177,7 +102,7 @@ class TestLocks:
         with Draft(tmp_path / "out", {"": 10}) as draft:
             other = subprocess.run(
                 [sys.executable, "-c", f"from bake.io.draft import Draft; from pathlib import Path; "
-                 f"Draft(Path({str(tmp_path / 'out')!r}), {{'': 5}})"],
+                 f"Draft(Path({str(tmp_path / 'out')!r}), {{'': 5}}).__enter__()"],
                 cwd=ROOT, capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert "OutputBusy" in other.stderr
@@ -220,7 +145,7 @@ class TestFolders:
         place = make_model(tmp_path / "out")
         if not in_one_step:
             monkeypatch.setattr(module.sys, "platform", "darwin")
-        with Draft(place, {"unet/a.safetensors": 3, "b.safetensors": 3}) as draft:
+        with Draft(place, {"unet/a.safetensors": 3, "b.safetensors": 3}, overwrite=True) as draft:
             draft.file("unet/a.safetensors").write_bytes(b"new")
             assert (place / "old.safetensors").exists()
             draft.publish()
@@ -231,7 +156,7 @@ class TestFolders:
     def test_a_run_killed_between_the_two_steps_is_undone_by_the_next(self, tmp_path: Path) -> None:
         place = make_model(tmp_path / "out")
         place.rename(tmp_path / ".out.bake-old")
-        with pytest.raises(RuntimeError), Draft(place, {"a": 1}):
+        with pytest.raises(RuntimeError), Draft(place, {"a": 1}, overwrite=True):
             raise RuntimeError
         assert (place / "old.safetensors").read_bytes() == b"old"
         assert not drafts(tmp_path)
@@ -244,7 +169,7 @@ class TestFolders:
 
     def test_an_error_removes_the_whole_draft(self, tmp_path: Path) -> None:
         place = make_model(tmp_path / "out")
-        with pytest.raises(RuntimeError), Draft(place, {"a": 1}):
+        with pytest.raises(RuntimeError), Draft(place, {"a": 1}, overwrite=True):
             raise RuntimeError
         assert (place / "old.safetensors").read_bytes() == b"old"
         assert not drafts(tmp_path)

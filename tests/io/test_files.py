@@ -88,14 +88,39 @@ def test_copies_are_exact_with_and_without_the_kernel(
     assert sum(done) == 999_001
 
 
-def test_a_disk_error_while_copying_is_passed_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("broken", "kind"), [("preadv", InputError), ("pwrite", OSError)])
+def test_which_disk_is_broken_shows_when_the_kernel_cannot_copy(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, kind: type[Exception]
+) -> None:
     def fail(*arguments: object) -> int:
         raise OSError(errno.EIO, "broken disk")
 
-    monkeypatch.setattr(os, "copy_file_range", fail)
     target = tmp_path / "target"
     target.touch()
     descriptor = files.open_for_writing(target)
-    with files.reading(source) as fd, pytest.raises(OSError, match="broken disk"):
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    monkeypatch.setattr(os, broken, fail)
+    with files.reading(source) as fd, pytest.raises(kind, match="broken disk"):
         files.copy_range(fd, 0, 100, descriptor, 0, source, lambda count: None)
     os.close(descriptor)
+
+
+def test_a_system_that_writes_nothing_and_says_nothing_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.touch()
+    descriptor = files.open_for_writing(target)
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: 0)
+    with pytest.raises(OSError, match="writes no more"):
+        files.write_at(descriptor, memoryview(b"x"), 0)
+    os.close(descriptor)
+
+
+def test_a_file_is_copied_and_made_whole(source: Path, tmp_path: Path) -> None:
+    files.copy_file(source, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    files.write_file(tmp_path / "made", b"content")
+    assert (tmp_path / "made").read_bytes() == b"content"
+    with pytest.raises(InputError, match="No such file"):
+        files.copy_file(tmp_path / "nothing", tmp_path / "other")

@@ -40,6 +40,29 @@ def test_a_changed_file_is_noticed_on_opening_and_at_the_end(one) -> None:
         pass
 
 
+def test_a_file_in_its_place_with_its_size_and_time_is_noticed(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save(path, {"x": np.ones(4, np.float32)})
+    status = path.stat()
+    save(other, {"x": np.zeros(4, np.float32)})
+    known = Expected(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    FileSet([known]).check_unchanged()
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    with pytest.raises(InputChanged):
+        FileSet([known]).check_unchanged()
+
+
+def test_a_new_link_to_a_file_does_not_change_it(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"x": np.ones(4, np.float32)})
+    status = path.stat()
+    (tmp_path / "link").hardlink_to(path)
+    path.chmod(0o600)
+    assert path.stat().st_ctime_ns != status.st_ctime_ns
+    FileSet([Expected(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)]).check_unchanged()
+
+
 def test_a_vanished_file_is_an_input_error(one) -> None:
     path, files = one
     path.unlink()
