@@ -12,8 +12,10 @@ from types import FrameType
 # Signals that ask a program to end, as far as this system has them.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-# Outputs that this process has put into their places.
+# Outputs that this process has put into their places, and those of which it left a draft to go on with.
 finished: list[Path] = []
+kept: list[Path] = []
+RESUMABLE = "what is finished is kept: the same command with --resume goes on from there"
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Events:
     def __init__(self, order: Order, log: Path) -> None:
         self._order, self._main = order, os.getpid()
         self._counts = {kind: multiprocessing.Value("q", 0) for kind in (*MANY, *FEW)}
-        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._log = log
         self._is_after = multiprocessing.Value("b", 0)
 
     def install(self) -> None:
@@ -104,10 +104,10 @@ class Events:
                 number = self._counts[kind].value
                 self._counts[kind].value += 1
             if fault is None:
-                _write(self._log, f"{kind} {path}\n".encode())
+                _note(self._log, f"{kind} {path}\n")
                 return call(*arguments, **named)
             if self._is_after.value or (kind == fault.kind and number == fault.number):
-                _write(self._log, f"{kind} {path}\n".encode())
+                _note(self._log, f"{kind} {path}\n")
                 return self._strike(kind, path, call, arguments, named)
             return call(*arguments, **named)
 
@@ -142,7 +142,14 @@ class Events:
         return os.path.join(_opened(folder), path) if isinstance(folder, int) else os.path.abspath(path)
 
 
-_write, _readlink = os.write, os.readlink
+_open, _write, _close, _readlink = os.open, os.write, os.close, os.readlink
+
+
+def _note(log: Path, line: str) -> None:
+    """Append a line. The log is not kept open: bake's workers close whatever is."""
+    descriptor = _open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    _write(descriptor, line.encode())
+    _close(descriptor)
 
 
 def _opened(descriptor: int) -> str:

@@ -19,7 +19,7 @@ import click
 from bake import __version__
 from bake.cli.text import printable
 from bake.errors import BakeError, Interrupted, OutputRefused, UsageError
-from bake.interrupts import STOPPING, finished
+from bake.interrupts import RESUMABLE, STOPPING, finished, kept
 
 # name -> module; `bake --help` lists them in this order
 COMMANDS = {
@@ -89,7 +89,9 @@ def _listen(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handle
 
 def _fate() -> str:
     """What became of the output of an interrupted run."""
-    return f"{finished[-1]} is complete" if finished else "the output is as it was before"
+    if finished:
+        return f"{finished[-1]} is complete"
+    return f"the output is as it was before{f'; {RESUMABLE}' if kept else ''}"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -103,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     finished.clear()
+    kept.clear()
     try:
         _listen(_on_signal)
         sys.exit(_answer(words, as_json))

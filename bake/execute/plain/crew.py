@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol
 
 from bake.errors import UsageError
 from bake.execute.team import Team
+from bake.interrupts import STOPPING, uninterrupted
 from bake.progress import Progress
 
 _MOST_JOBS = 8192  # that are handed out one by one: their numbers have to fit into a pipe
@@ -97,9 +98,10 @@ class Processes(Crew):
     def _start(self, shift: _Process, work: Work) -> None:
         parent = os.getpid()
         reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            _live(parent, shift, writing, work)
+        with uninterrupted():  # what a signal raises while hooks of os.fork run is lost
+            pid = os.fork()
+            if pid == 0:
+                _live(parent, shift, writing, work)
         os.close(writing)
         self._pids[reading] = pid
 
@@ -173,7 +175,8 @@ def _live(parent: int, shift: _Process, report: int, work: Work) -> NoReturn:
     """The life of a worker's process."""
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
