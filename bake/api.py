@@ -15,7 +15,7 @@ from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
 from bake.execute.engine import Execution, outgrows_memory
 from bake.execute.identity import run_identity
 from bake.execute.task import DEFAULT_MEMORY, Options, Target
-from bake.interrupts import finished, uninterrupted
+from bake.interrupts import check, finished, uninterrupted
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft
 from bake.io.files import copy_file, inputs_only, open_for_writing, write_at, write_file
@@ -211,6 +211,7 @@ def _check_unchanged(plan: Plan) -> None:
 
 def _publish(draft: Draft, beside: EmbeddingFiles, output: Path) -> None:
     """Put the output into its place, and before it what lies beside it: where the output is, they are."""
+    check()
     beside.seal()
     draft.seal()
     with uninterrupted():
@@ -340,20 +341,18 @@ def check_output(
     """
     path, folder = Path(output), embeddings_folder(Path(output))
     with inputs_only():
-        plan = _recorded_plan(path, search) if base is None else build_plan(base, adapters, **what)
+        if base is None:
+            folders = [*map(Path, search), path.resolve().parent, Path.cwd()]
+            recipe = recipe_from_record(stored_recipe(path), folders, str(path))
+            try:
+                plan = plan_recipe(recipe)
+            except UsageError as error:  # nobody typed it
+                raise InputError(f"{path}: its recipe cannot be replayed: {error.message}", path=str(path)) from None
+        else:
+            plan = build_plan(base, adapters, **what)
         paths = {file.relative: path / file.relative if file.relative else path for file in plan.files}
         beside = {each.file: folder / each.file for each in plan.embeddings if each.file is not None}
         return check_files(plan, paths, full, progress or Silent(), beside)
-
-
-def _recorded_plan(output: Path, search: Iterable[PathLike]) -> Plan:
-    """The plan of the recipe that is stored in `output`, with its inputs found."""
-    folders = [*map(Path, search), output.resolve().parent, Path.cwd()]
-    recipe = recipe_from_record(stored_recipe(output), folders, str(output))
-    try:
-        return plan_recipe(recipe)
-    except UsageError as error:  # nobody typed it
-        raise InputError(f"{output}: its recipe cannot be replayed: {error.message}", path=str(output)) from None
 
 
 def stored_recipe(path: Path) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 # Signals that ask a program to end, as far as this system has them.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -16,6 +17,43 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 finished: list[Path] = []
 kept: list[Path] = []
 RESUMABLE = "what is finished is kept: the same command with --resume goes on from there"
+
+_arrived: list[int] = []  # signals that on_signal has answered
+
+
+class Stopped(BaseException):
+    """A signal of STOPPING arrived. No KeyboardInterrupt: click would answer that one by itself."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def listen(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> None:
+    """Have the signals of STOPPING answered by `handler`, but for those that the parent had ignored (nohup)."""
+    for number in STOPPING:
+        if signal.getsignal(number) not in (None, signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
+def on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise Stopped, once: what that sets off, cleaning up, shall not be interrupted."""
+    listen(signal.SIG_IGN)
+    _arrived.append(number)
+    raise Stopped(number)
+
+
+def check() -> None:
+    """Raise Stopped if it was raised before and got lost: torch swallows whatever its import of NumPy raises."""
+    if _arrived:
+        raise Stopped(_arrived[0])
+
+
+def forget() -> None:
+    """Begin anew: no signal has come, nothing is finished or kept."""
+    _arrived.clear()
+    finished.clear()
+    kept.clear()
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from models import write_random
 from scenes import KINDS, Scene, prepare
 from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE
 
+from bake.execute.plain import crew
+from bake.execute.plain import pipeline as plain_pipeline
+
 # The same examples in every run: a red build is somebody's change, never the dice. No deadline: machines are shared.
 settings.register_profile("bake", deadline=None, derandomize=True)
 settings.load_profile("bake")
@@ -27,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--runs",
         type=int,
-        default=160,
+        default=120,
         help="How many points of a run crash tests kill, interrupt and disturb, in all kinds of runs together.",
     )
 
@@ -40,6 +43,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
             patch.setenv(name, folder)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_copies_of_pytest() -> Iterator[None]:
+    """What tests replace and count is in this process: its workers are threads; processes have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crew, "can_fork", lambda: False)
+        yield
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The part of bake that makes plain sums on the processor, once without and once with torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(plain_pipeline, "suits", lambda plan, device: False)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -16,8 +17,9 @@ import pytest
 from crashing import Fault, Server, slow_run, wait_for_draft
 from models import sd1_pair
 from scenes import Scene, prepare, state
-from support import ROOT, bake_process, drafts
+from support import ROOT, bake, bake_process, drafts
 
+from bake import api, cli
 from bake.interrupts import uninterrupted
 
 UNCHANGED = "bake: interrupted: the output is as it was before\n"
@@ -114,11 +116,11 @@ def interruptible(*words: object) -> subprocess.Popen[str]:
         "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from bake import cli\n"
-        "listen = cli._listen\n"
+        "listen = cli.listen\n"
         "def ready(handler):\n"
         "    listen(handler)\n"
-        "    sys.__stdout__.write('.'); sys.__stdout__.flush(); cli._listen = listen\n"
-        "cli._listen = ready\n"
+        "    sys.__stdout__.write('.'); sys.__stdout__.flush(); cli.listen = listen\n"
+        "cli.listen = ready\n"
         "cli.run()\n"
     )
     process = subprocess.Popen(
@@ -151,6 +153,29 @@ def test_signals_that_the_parent_ignores_are_ignored(tmp_path: Path) -> None:
     )
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("then", [None, AttributeError("module 'numpy' has no attribute 'matrix'")], ids=str)
+def test_a_signal_that_an_import_swallows_counts_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Exception | None
+) -> None:
+    """torch imports NumPy and takes no notice if that fails; then it fails itself, or goes on without."""
+    base, lora, _ = sd1_pair(tmp_path)
+    write = api._write_headers
+
+    def swallow(*arguments) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        if then is not None:
+            raise then
+        write(*arguments)
+
+    monkeypatch.setattr(api, "_write_headers", swallow)
+    monkeypatch.setattr(cli, "listen", lambda handler: signal.signal(signal.SIGTERM, handler))
+    done = bake("fuse", base, "-l", lora, "-o", tmp_path / "out.safetensors")
+    assert (done.code, done.out, done.err) == (143, "", UNCHANGED)
+    assert not drafts(tmp_path)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 class TestUninterrupted:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bake.api import check_output, fuse
 from bake.errors import NonFinite
-from bake.execute import pipeline
+from bake.execute import parts
 from bake.keys.scaled import WRITTEN
 from bake.verify.rounding import round_once
 
@@ -311,7 +311,7 @@ def test_rows_keep_scales_of_their_own_in_tensors_of_many_chunks_and_parts(
     arrays = peft_lora({name: (1100, 1024)}, [name], 4, prefix=PREFIX)
     adapter = save(tmp_path / "a.safetensors", arrays)
     fuse(base, [adapter], tmp_path / "one.safetensors", threads=1, verify="full")
-    monkeypatch.setattr(pipeline, "_PART_ELEMENTS", 100 * 1024)
+    monkeypatch.setattr(parts, "_PART_ELEMENTS", 100 * 1024)
     fuse(base, [adapter], tmp_path / "many.safetensors", threads=3, verify="full")
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "many.safetensors").read_bytes()
     found = load(tmp_path / "one.safetensors")

@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
@@ -19,7 +18,7 @@ import click
 from bake import __version__
 from bake.cli.text import printable
 from bake.errors import BakeError, Interrupted, OutputRefused, UsageError
-from bake.interrupts import RESUMABLE, STOPPING, finished, kept
+from bake.interrupts import RESUMABLE, Stopped, check, finished, forget, kept, listen, on_signal
 
 # name -> module; `bake --help` lists them in this order
 COMMANDS = {
@@ -71,22 +70,6 @@ def cli() -> None:
     """
 
 
-class _Stopped(BaseException):
-    """Ctrl-C or its kin. No KeyboardInterrupt: click would answer that one by itself."""
-
-
-def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    _listen(signal.SIG_IGN)  # once is enough: what it sets off, cleaning up, shall not be interrupted
-    raise _Stopped(128 + number)
-
-
-def _listen(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> None:
-    """Have the signals that end a program answered by `handler`, but for those that its parent had ignored (nohup)."""
-    for number in STOPPING:
-        if signal.getsignal(number) not in (None, signal.SIG_IGN):
-            signal.signal(number, handler)
-
-
 def _fate() -> str:
     """What became of the output of an interrupted run."""
     if finished:
@@ -104,13 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
-    finished.clear()
-    kept.clear()
+    forget()
     try:
-        _listen(_on_signal)
+        listen(on_signal)
         sys.exit(_answer(words, as_json))
-    except _Stopped as stopped:
-        _refuse(Interrupted(f"interrupted: {_fate()}"), stopped.args[0], as_json)
+    except Stopped as stopped:
+        said = _fate()
+        forget()
+        _refuse(Interrupted(f"interrupted: {said}"), stopped.exit_code, as_json)
 
 
 def _answer(words: Sequence[str], as_json: bool) -> int:
@@ -145,7 +129,7 @@ def run() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    _listen(signal.SIG_IGN)
+    listen(signal.SIG_IGN)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -155,6 +139,7 @@ def run() -> NoReturn:
 
 
 def _refuse(error: BakeError, code: int, as_json: bool) -> NoReturn:
+    check()  # what went wrong may only follow from an interruption
     if as_json:
         from bake.documents import error_document
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,12 @@ from bake.errors import InputError
 WRITE_PIECE = 256 * 1024
 READ_PIECE = 1024 * 1024
 COPY_PIECE = 64 * 1024 * 1024
+
+
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE of Linux
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def open_for_reading(path: Path) -> int:
@@ -134,6 +142,15 @@ def prefetch(fd: int, begin: int, end: int) -> None:
             os.preadv(fd, [bytearray(1)], begin, os.RWF_NOWAIT)
         except BlockingIOError:  # a look at one byte costs little, advice about cached pages costs a walk over them
             os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+
+def start_writing(fd: int) -> None:
+    """Have the system bring to the disk what is new in the file; where it can be asked to, without waiting for that.
+
+    Raises OSError if the disk refuses; errors that come later are told by fsync.
+    """
+    if _sync_file_range is None or _sync_file_range(fd, 0, 0, _WRITE) != 0:
+        getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def forget(fd: int, begin: int, end: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from bake.io.files import forget, open_for_writing
+from bake.io.files import forget, open_for_writing, start_writing
 
 _PAUSE = 0.3  # seconds between two rounds
 _SMALLEST = 16 * 1024 * 1024  # bytes; of smaller files there is nothing to gain
@@ -40,9 +40,11 @@ class Writeback:
     def _sync(self, path: Path) -> None:
         descriptor = open_for_writing(path)
         try:
-            getattr(os, "fdatasync", os.fsync)(descriptor)
             if self._forget:
+                getattr(os, "fdatasync", os.fsync)(descriptor)
                 forget(descriptor, 0, path.stat().st_size)
+            else:
+                start_writing(descriptor)
         finally:
             os.close(descriptor)
 

@@ -17,6 +17,8 @@ from support import drafts, load, lora_delta, random, raw, rounded, save, save_t
 from bake.api import fuse
 from bake.errors import InputChanged, NonFinite
 from bake.execute import compute, sums, worker
+from bake.execute.plain import pipeline as plain_pipeline
+from bake.execute.plain import sums as plain_sums
 from bake.plan.recipe import AdapterChoice
 
 
@@ -194,6 +196,7 @@ class TestValues:
 
 
 class TestSameBytes:
+    @pytest.mark.usefixtures("lane")
     def test_threads_memory_and_order_change_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("bake.execute.chunk.CHUNK_ELEMENTS", 200)
         base, lora, _ = sd1_pair(tmp_path)
@@ -223,8 +226,9 @@ class TestSurvival:
         base, lora, _ = sd1_pair(tmp_path)
         assert max(fuse(base, [(lora, 1e-6)], tmp_path / "out.safetensors").survival.values()) < 0.1
 
+    @pytest.mark.usefixtures("lane")
     def test_the_share_is_that_of_the_definition(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (compute, sums):
+        for module in (compute, sums, plain_sums):
             monkeypatch.setattr(module, "SAMPLED_ROWS", 1)
         base, lora, deltas = sd1_pair(tmp_path)
         result = fuse(base, [(lora, 0.002)], tmp_path / "out.safetensors")
@@ -241,6 +245,7 @@ class TestFailures:
         assert not drafts(folder)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("bake")]
 
+    @pytest.mark.usefixtures("lane")
     def test_overflow_of_fp16_is_refused_with_tensor_and_remedy(self, tmp_path: Path) -> None:
         base, lora, _ = sd1_pair(tmp_path)
         with pytest.raises(NonFinite, match=r"F16 ends at 65504.*--dtype bf16") as caught:
@@ -248,6 +253,7 @@ class TestFailures:
         assert caught.value.details["tensor"] in SD1_MODULES.values()
         self.assert_clean(tmp_path)
 
+    @pytest.mark.usefixtures("lane")
     def test_nan_in_a_touched_tensor_of_the_base_is_refused(self, tmp_path: Path) -> None:
         _, lora, _ = sd1_pair(tmp_path)
         name = next(iter(SD1_MODULES.values()))
@@ -257,6 +263,7 @@ class TestFailures:
             fuse(save(tmp_path / "base.safetensors", arrays), [lora], tmp_path / "out.safetensors")
         self.assert_clean(tmp_path)
 
+    @pytest.mark.usefixtures("lane")
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_a_factor_that_is_not_finite_is_refused(self, tmp_path: Path, value: float) -> None:
         base, lora, _ = sd1_pair(tmp_path)
@@ -266,9 +273,19 @@ class TestFailures:
             fuse(base, [save(lora, arrays)], tmp_path / "out.safetensors")
         self.assert_clean(tmp_path)
 
-    @pytest.mark.parametrize("stage", ["worker.as_bytes", "worker.write_at", "pipeline.work_on", "pipeline.Worker"])
+    @pytest.mark.parametrize(
+        ("lane", "stage"),
+        [
+            *(("torch", stage) for stage in ("worker.as_bytes", "worker.write_at")),
+            *(("torch", stage) for stage in ("pipeline.work_on", "pipeline.Worker")),
+            *(("numpy", f"plain.pipeline.{stage}") for stage in ("as_bytes", "write_at", "Sum", "_Worker")),
+            *(("numpy", f"plain.sums.{stage}") for stage in ("read_array", "settle", "narrow_each")),
+            *((lane, "engine.copy_range") for lane in ("torch", "numpy")),
+        ],
+        indirect=["lane"],
+    )
     def test_a_failure_in_any_stage_stops_the_run_and_leaves_nothing(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+        self, tmp_path: Path, lane: str, monkeypatch: pytest.MonkeyPatch, stage: str
     ) -> None:
         def fail(*arguments: object, **more: object) -> None:
             raise MemoryError("no more")
@@ -280,16 +297,17 @@ class TestFailures:
         self.assert_clean(tmp_path)
 
     def test_a_base_that_changes_during_the_run_is_noticed(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, lane: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         base, lora, _ = sd1_pair(tmp_path)
-        original = worker.write_at
+        module = worker if lane == "torch" else plain_pipeline
+        original = module.write_at
 
         def touch(*arguments: object) -> None:
             base.touch()
             original(*arguments)
 
-        monkeypatch.setattr(worker, "write_at", touch)
+        monkeypatch.setattr(module, "write_at", touch)
         with pytest.raises(InputChanged):
             fuse(base, [lora], tmp_path / "out.safetensors", verify="none")
         self.assert_clean(tmp_path)

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from bake.api import fuse
 from bake.errors import UsageError
-from bake.execute import chunk, pipeline, sums
+from bake.execute import chunk, parts, pipeline
 from bake.execute.chunk import Chunk
-from bake.execute.compute import Survival
 from bake.execute.device import Desk, Device
+from bake.execute.plain import pipeline as plain_pipeline
+from bake.execute.plain.sums import Sum as PlainSum
 from bake.execute.sums import Sum
+from bake.execute.survival import Survival
 from bake.io.tensorfile import SafetensorsFile
 
 
@@ -57,7 +59,7 @@ class Pretended(Device):
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Pretended]:
-    """Two pretended devices, which `fuse` takes for whatever it is asked for."""
+    """Two pretended devices, which `fuse` takes for any but the processor."""
     devices = [Pretended(), Pretended()]
     monkeypatch.setattr(pipeline, "choose_devices", lambda name: devices)
     original = Sum.fuse
@@ -78,12 +80,8 @@ def sha256(path: Path) -> str:
 
 def test_all_devices_work_and_give_the_cpu_s_bytes(tmp_path: Path, pretended: list[Pretended]) -> None:
     base, lora, _ = sd1_pair(tmp_path)
-    fuse(base, [lora], tmp_path / "out.safetensors", threads=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.undo()
-        patch.setattr(pipeline, "choose_devices", lambda name: [Device("cpu")])
-        patch.setattr(Sum, "fuse", Sum.__mro__[1].fuse)
-        fuse(base, [lora], tmp_path / "cpu.safetensors")
+    fuse(base, [lora], tmp_path / "out.safetensors", threads=4, device="pretended")
+    fuse(base, [lora], tmp_path / "cpu.safetensors", device="cpu")
     assert sha256(tmp_path / "out.safetensors") == sha256(tmp_path / "cpu.safetensors")
     for device in pretended:
         assert len(device.lanes) == 2  # of four workers
@@ -96,7 +94,7 @@ def test_a_factor_is_uploaded_once_for_all_chunks_of_a_tensor(
     monkeypatch.setattr(Device, "chunk_elements", lambda self, budget: 40)
     base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 50, 20).astype(np.float16)})
     lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (50, 20)}, ["a.weight"]))
-    fuse(base, [lora], tmp_path / "out.safetensors", threads=1)
+    fuse(base, [lora], tmp_path / "out.safetensors", threads=1, device="pretended")
     assert pretended[0].waits >= 25  # one for each chunk at least
     assert pretended[0].uploads == 2
 
@@ -105,9 +103,9 @@ def test_too_little_device_memory_halves_the_chunks(tmp_path: Path, pretended: l
     shapes = {"a.weight": (64, 20), "b.weight": (64, 20)}
     base = save(tmp_path / "base.safetensors", {name: random(0, 64, 20).astype(np.float16) for name in shapes})
     lora = save(tmp_path / "lora.safetensors", peft_lora(shapes, list(shapes)))
-    whole = fuse(base, [lora], tmp_path / "whole.safetensors", threads=1)
+    whole = fuse(base, [lora], tmp_path / "whole.safetensors", threads=1, device="pretended")
     pretended[0].largest = 8 * 20
-    result = fuse(base, [lora], tmp_path / "out.safetensors", threads=1)
+    result = fuse(base, [lora], tmp_path / "out.safetensors", threads=1, device="pretended")
     assert sha256(tmp_path / "out.safetensors") == sha256(tmp_path / "whole.safetensors")
     assert pretended[0].freed == 3  # 64 rows, 32, 16; then 8 at a time, in both tensors
     assert list(result.survival.values()) == pytest.approx(list(whole.survival.values()), rel=1e-2)
@@ -118,7 +116,7 @@ def test_a_device_without_room_for_one_row_is_a_clear_error(tmp_path: Path, pret
     for device in pretended:
         device.largest = 0
     with pytest.raises(UsageError, match="--device cpu"):
-        fuse(base, [lora], tmp_path / "out.safetensors")
+        fuse(base, [lora], tmp_path / "out.safetensors", device="pretended")
     assert set(tmp_path.iterdir()) == {base, lora}
 
 
@@ -131,11 +129,12 @@ def test_a_device_without_room_for_the_factors_is_a_clear_error(
     base, lora, _ = sd1_pair(tmp_path)
     monkeypatch.setattr(Pretended, "upload", full)
     with pytest.raises(UsageError, match=r"factors of .*--device cpu"):
-        fuse(base, [lora], tmp_path / "out.safetensors")
+        fuse(base, [lora], tmp_path / "out.safetensors", device="pretended")
 
 
+@pytest.mark.usefixtures("lane")
 def test_each_part_of_a_large_tensor_is_read_ahead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_PART_ELEMENTS", 200)
+    monkeypatch.setattr(parts, "_PART_ELEMENTS", 200)
     base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 97, 20).astype(np.float16)})
     lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (97, 20)}, ["a.weight"]))
     asked: list[tuple[str, int, int]] = []
@@ -150,23 +149,26 @@ def test_each_part_of_a_large_tensor_is_read_ahead_once(tmp_path: Path, monkeypa
     assert sum(name == lora.name for name, _, _ in asked) == 2
 
 
-def test_a_large_tensor_is_shared_by_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_PART_ELEMENTS", 200)
+def test_a_large_tensor_is_shared_by_the_workers(tmp_path: Path, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_PART_ELEMENTS", 200)
     monkeypatch.setattr(chunk, "CHUNK_ELEMENTS", 60)
+    monkeypatch.setattr(plain_pipeline, "_SMALLEST_BLOCK", 60)
     made: list[str] = []
-    original = sums.Sum.__init__
+    kind = PlainSum if lane == "numpy" else Sum
+    original = kind.__init__
 
     def counted(self: Sum, plan: object, *rest: object) -> None:
-        made.append("once")
+        made.append(threading.current_thread().name)
         original(self, plan, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sums.Sum, "__init__", counted)
+    monkeypatch.setattr(kind, "__init__", counted)
     base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 97, 20).astype(np.float16)})
     lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (97, 20)}, ["a.weight"]))
     fuse(base, [lora], tmp_path / "out.safetensors", threads=3, verify="full")
-    assert made == ["once"]
+    assert len(made) == (10 if lane == "numpy" else 1)  # processes share nothing: each part loads the factors
 
 
+@pytest.mark.usefixtures("lane")
 def test_more_threads_than_memory_for_their_buffers(tmp_path: Path) -> None:
     base, lora, _ = sd1_pair(tmp_path)
     arrays, _ = kohya_lora(small("sd1"), rank=3, seed=500)

@@ -41,16 +41,16 @@ def test_the_mean_over_many_seeds_is_the_value(tag: str, spread: float) -> None:
     values = some(50, spread).double().clamp(-0.9 * DTYPES[tag].largest, 0.9 * DTYPES[tag].largest)
     tries = 2000
     many = torch.stack([rounded(tag, values, seed) for seed in range(tries)])
-    error = (many.mean(0) - values.float().double()).abs()
-    assert bool((error <= 5 * torch.from_numpy(spacing(values.numpy(), tag)) / 2 / tries**0.5).all())  # five standard deviations at most
+    error = (many.mean(0) - values.float().double()).abs().numpy()
+    assert (error <= 5 * spacing(values.numpy(), tag) / 2 / tries**0.5).all()  # five standard deviations at most
 
 
 @every_tag
 def test_every_result_is_one_of_the_two_neighbours(tag: str) -> None:
     values = torch.cat([some(20_000), any_bits(20_000)]).double()
     values = values[values.abs() <= DTYPES[tag].largest]
-    error = (rounded(tag, values) - values).abs()
-    assert bool((error.numpy() < spacing(values.numpy(), tag)).all())
+    error = (rounded(tag, values) - values).abs().numpy()
+    assert (error < spacing(values.numpy(), tag)).all()
 
 
 @every_tag

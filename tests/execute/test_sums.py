@@ -31,7 +31,7 @@ from bake.execute.plain.pipeline import _is_plain
 from bake.execute.plain.rounding import TooLarge
 from bake.execute.rounding import Nearest
 from bake.execute.sums import Sum
-from bake.execute.survival import NOTHING, SAMPLED_ROWS, Survival
+from bake.execute.survival import NOTHING, Survival
 from bake.io.fileset import Expected, FileSet
 from bake.plan.model import Stored, TensorPlan, Term
 from bake.verify.rounding import round_once
@@ -298,7 +298,7 @@ def test_what_rounds_badly(tmp_path: Path, base: NDArray[Any], update: Update, t
 
 
 def any_values(random: np.random.Generator, shape: tuple[int, int], tag: str) -> NDArray[np.float32]:
-    """Numbers that the stored dtype `tag` holds, in float32: alike in size or of any, random or with few bits, zeros."""
+    """Numbers that the stored dtype `tag` holds: alike in size or of any, random or with few bits, some zero."""
     lowest, highest = {"F16": (-26, 13), "BF16": (-136, 13), "F32": (-60, 13)}[tag]
     spread = random.choice([0, 3, 200])
     exponents = random.integers(lowest, highest) + random.integers(-spread, spread + 1, shape)
@@ -334,7 +334,8 @@ def test_any_sum(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
         rank = data.draw(st.integers(0, 20))
         spread = 2.0 ** data.draw(st.integers(-8, 3))
         dtype = data.draw(st.sampled_from([np.float16, np.float32, np.float64]))
-        factors = normal(seed + number, rows, rank, spread=spread, dtype=dtype), normal(seed + 100 + number, rank, columns)
+        up = normal(seed + number, rows, rank, spread=spread, dtype=dtype)
+        factors = up, normal(seed + 100 + number, rank, columns)
         updates.append(Update(factors, data.draw(st.sampled_from([1.0, 0.7, -0.5, 1e-3]))))
     tag, steps = data.draw(st.sampled_from(sorted(TAGS))), data.draw(st.sampled_from([[40], [1], [3]]))
     Bench(tmp_path_factory.mktemp("sum"), normal(seed, rows, columns), updates, tag).check(steps)
@@ -420,6 +421,22 @@ class TestTheSameBytes:
         assert bench.run(160 * 8) == bench.due()
         assert tried == [8]
 
+    def test_float64_leaves_next_to_nothing_open_once_float32_left_too_much(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench = Bench(tmp_path, normal(0, 96, 160, spread=1e-3), [Update(lora(1, 128, spread=1.0))])
+        open_places: list[int] = []
+        original = plain.Sum._recompute
+
+        def counted(self: plain.Sum, places: NDArray[np.intp], *rest: Any) -> None:
+            open_places.append(len(places))
+            original(self, places, *rest)
+
+        monkeypatch.setattr(plain.Sum, "_recompute", counted)
+        assert bench.run_plain(8)[0] == bench.due()
+        assert open_places[0] > 8 * 160 / 20
+        assert max(open_places[1:]) < 8 * 160 / 20
+
     def test_where_float32_overflows_on_the_way(self, tmp_path: Path) -> None:
         up, down = normal(1, 96, 4, dtype=np.float32) * np.float32(1e30), normal(2, 4, 160, dtype=np.float32)
         update = Update((up, down * np.float32(1e-30)), 1e9)
@@ -427,6 +444,19 @@ class TestTheSameBytes:
         for each in (update, small):
             bench = Bench(tmp_path, normal(0, 96, 160), [each], "BF16")
             assert bench.run() == bench.due()
+
+
+@pytest.mark.parametrize("tag", ["F16", "BF16"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_what_survives_is_measured_on_every_16th_row_of_the_tensor(tmp_path: Path, kind: type, tag: str) -> None:
+    bench = Bench(tmp_path, normal(0, 96, 160, dtype=kind), [Update(lora(1, 8, spread=0.02))], tag)
+    sampled = bench.exact()[::16]
+    update = sampled - bench.base[::16]
+    written = round_once(sampled, tag) - round_once(bench.base[::16].astype(np.float64), tag)
+    due = [np.square(update).sum(), np.square(update - written).sum(), (update * written).sum()]
+    for step in (5, 13, 16, 96):
+        found = bench.run_plain(step)[1]
+        assert [found.update, found.lost, found.along] == pytest.approx(due, rel=1e-3)
 
 
 def test_pairs_out_of_balance_do_not_widen_the_bound() -> None:

@@ -28,7 +28,7 @@ def fail(descriptor: int) -> None:
 
 def test_files_are_written_while_they_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(os, "fdatasync", synced.append, raising=False)
+    monkeypatch.setattr(writeback, "start_writing", synced.append)
     path = tmp_path / "file"
     path.write_bytes(b"content")
     with Writeback([path], forget=False):
@@ -37,8 +37,19 @@ def test_files_are_written_while_they_grow(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == b"content"
 
 
+@pytest.mark.parametrize("can_ask", [True, False])
+def test_the_system_is_asked_to_write_where_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_ask: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(files, "_sync_file_range", lambda *range_: asked.append("range") or (0 if can_ask else -1))
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: asked.append("whole"), raising=False)
+    files.start_writing(0)
+    assert asked == (["range"] if can_ask else ["range", "whole"])
+
+
 def test_what_the_disk_refused_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fdatasync", fail, raising=False)
+    monkeypatch.setattr(writeback, "start_writing", fail)
     path = tmp_path / "file"
     path.write_bytes(b"content")
     with pytest.raises(OSError, match="no space"), Writeback([path], forget=False) as running:
@@ -51,7 +62,7 @@ def test_a_run_whose_disk_fills_up_in_the_background_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, lora, _ = sd1_pair(tmp_path)
-    monkeypatch.setattr(os, "fdatasync", fail, raising=False)
+    monkeypatch.setattr(writeback, "start_writing", fail)
     with pytest.raises(NoSpace):
         fuse(base, [lora], tmp_path / "out.safetensors")
     assert set(tmp_path.iterdir()) == {base, lora}

@@ -22,12 +22,12 @@ from typing import Any, NoReturn, Protocol
 
 from bake.errors import UsageError
 from bake.execute.team import Team
-from bake.interrupts import STOPPING, uninterrupted
 from bake.progress import Progress
 
 _MOST_JOBS = 8192  # that are handed out one by one: their numbers have to fit into a pipe
 _PAUSE = 100  # milliseconds between two looks at the progress
 _PR_SET_PDEATHSIG = 1
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # that bake answers
 
 
 class Shift(Protocol):
@@ -98,12 +98,19 @@ class Processes(Crew):
     def _start(self, shift: _Process, work: Work) -> None:
         parent = os.getpid()
         reading, writing = os.pipe()
-        with uninterrupted():  # what a signal raises while hooks of os.fork run is lost
+        # What the parent does about a signal must not happen in the copy as well.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
             pid = os.fork()
             if pid == 0:
                 _live(parent, shift, writing, work)
-        os.close(writing)
-        self._pids[reading] = pid
+            self._pids[reading] = pid
+        except OSError as error:
+            os.close(reading)
+            raise UsageError(f"cannot start a worker ({error.strerror}): give bake fewer (--threads)") from None
+        finally:
+            os.close(writing)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def join(self) -> list[Any]:
         reports: dict[int, bytearray] = {pipe: bytearray() for pipe in self._pids}
@@ -175,9 +182,9 @@ def _live(parent: int, shift: _Process, report: int, work: Work) -> NoReturn:
     """The life of a worker's process."""
     code = 1
     try:
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             _close_all_but(shift.queue, report)  # the lock on the draft among them
@@ -188,10 +195,20 @@ def _live(parent: int, shift: _Process, report: int, work: Work) -> NoReturn:
                     traceback.print_exc()  # it does not travel with the error
                 outcome = (True, error)
             with open(report, "wb") as pipe:
-                pickle.dump(outcome, pipe)
+                pipe.write(_packed(*outcome))
             code = 0
     finally:
         os._exit(code)  # nothing of the parent's is ours to clean up
+
+
+def _packed(is_error: bool, value: Any) -> bytes:
+    """The report of a worker: what it returned or raised; an error that cannot travel is told in words."""
+    if is_error:
+        try:
+            pickle.loads(pickle.dumps(value))
+        except Exception:
+            value = RuntimeError(f"{type(value).__name__}: {value}")
+    return pickle.dumps((is_error, value))
 
 
 def _close_all_but(*kept: int) -> None:

@@ -1,0 +1,229 @@
+"""Bakes without torch: the same bytes from processes, threads and torch; what is special is left to torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import SD1_MODULES, kohya_lora, peft_lora, random_arrays, save_base, sd1_pair
+from names import small
+from support import ROOT, Done, drafts, load, random, rounded, save
+
+from bake.api import build_plan, fuse
+from bake.errors import NonFinite
+from bake.execute import parts, pipeline
+from bake.execute.plain import pipeline as plain
+from bake.execute.plain.pipeline import suits
+from bake.plan.model import Plan
+from bake.progress import Silent
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are only copied on Linux")
+
+NO_TORCH = "import sys; sys.modules['torch'] = None\n"  # importing it is an error
+NO_THREADS = "from bake.execute.plain import crew; crew.Threads = None\n"
+NO_PROCESSES = "from bake.execute.plain import crew; crew.can_fork = lambda: False\n"
+NO_NUMPY = "from bake.execute.plain import pipeline; pipeline.suits = lambda plan, device: False\n"
+
+
+def changed_bake(changes: str, *words: object, **environment: str) -> Done:
+    """Run the program `bake` in a fresh process, with something replaced in it."""
+    finished = subprocess.run(
+        [sys.executable, "-c", f"{changes}import sys\nfrom bake.cli import run\nrun()", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Done(finished.returncode, finished.stdout, finished.stderr)
+
+
+@linux
+def test_a_fuse_on_the_processor_needs_no_torch_and_gives_its_bytes(tmp_path: Path) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    arrays, _ = kohya_lora(small("sd1"), rank=3, seed=500)
+    words = ("fuse", base, "-l", f"{lora}:0.7", "-l", f"{save(tmp_path / 'other.safetensors', arrays)}:-0.4", "-o")
+    runs: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
+        (NO_TORCH + NO_THREADS, ("--device", "cpu"), {}),
+        (NO_TORCH + NO_THREADS, ("--threads", "1"), {"BAKE_FUSE_DEVICE": "cpu"}),
+        (NO_TORCH + NO_THREADS, ("--device", "cpu", "--threads", "5", "--verify", "full", "--memory", "1MB"), {}),
+        (NO_TORCH + NO_PROCESSES, ("--device", "cpu", "--threads", "3"), {}),
+        (NO_NUMPY, ("--device", "cpu"), {}),
+    ]
+    outputs = []
+    for number, (changes, options, environment) in enumerate(runs):
+        output = tmp_path / f"{number}.safetensors"
+        done = changed_bake(changes, *words, output, *options, **environment)
+        assert done.code == 0, done.err
+        outputs.append(output.read_bytes())
+    assert len(set(outputs)) == 1
+    verified = changed_bake(NO_TORCH, "verify", tmp_path / "0.safetensors", "--full", "--json")
+    assert verified.code == 0, verified.err
+    assert verified.json["equal"] == verified.json["elements"] > 0
+    assert not drafts(tmp_path)
+
+
+def test_bfloat16_from_float32_too(tmp_path: Path, lane: str) -> None:
+    base = save(tmp_path / "base.safetensors", random_arrays(small("sd1"), np.float32))
+    arrays, _ = kohya_lora(small("sd1"))
+    lora = save(tmp_path / "lora.safetensors", arrays)
+    words = ("fuse", base, "-l", lora, "-o", tmp_path / "out.safetensors", "--dtype", "bf16", "--device", "cpu")
+    assert changed_bake(NO_TORCH, *words).code == 0
+    fuse(base, [lora], tmp_path / "here.safetensors", dtype="bf16", device="cpu", verify="full")
+    assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+
+
+@pytest.fixture
+def given_to_torch(monkeypatch: pytest.MonkeyPatch) -> list[set[tuple[str, str]] | None]:
+    """What each run leaves to torch: tensors; None for all."""
+    given: list[set[tuple[str, str]] | None] = []
+    original = pipeline.Pipeline.__init__
+
+    def noted(self: pipeline.Pipeline, task: Any, only: Any = None) -> None:
+        given.append(only)
+        original(self, task, only)
+
+    monkeypatch.setattr(pipeline.Pipeline, "__init__", noted)
+    return given
+
+
+class Counted(Silent):
+    total = done = 0
+
+    def start(self, task: str, total: int) -> None:
+        self.total += total
+
+    def advance(self, count: int) -> None:
+        self.done += count
+
+
+class TestNumbersThatMayNotFit:
+    NAME = next(iter(SD1_MODULES.values()))
+
+    def base(self, folder: Path, value: float, place: tuple[int, int] = (0, 0)) -> Path:
+        arrays = random_arrays(small("sd1"))
+        arrays[self.NAME][place] = value
+        return save(folder / "base.safetensors", arrays)
+
+    @pytest.mark.parametrize("rows", [1, 1000], ids=["in parts", "whole"])
+    @pytest.mark.parametrize("value", [32768.0, -40000.0, 65504.0])
+    def test_their_tensor_is_made_with_torch(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_to_torch: list[Any], value: float, rows: int
+    ) -> None:
+        _, lora, deltas = sd1_pair(tmp_path)
+        width = small("sd1")[self.NAME][1]
+        base = self.base(tmp_path, value, (-1, 3))
+        monkeypatch.setattr(parts, "_PART_ELEMENTS", rows * width)
+        result = fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", verify="full")
+        assert given_to_torch == [{("", self.NAME)}]
+        before, after = load(base), load(tmp_path / "out.safetensors")
+        for name, delta in deltas.items():
+            np.testing.assert_array_equal(after[name], rounded(before[name] + delta, np.float16))
+        monkeypatch.setattr(plain, "suits", lambda plan, device: False)
+        other = fuse(base, [lora], tmp_path / "torch.safetensors", device="cpu")
+        assert (tmp_path / "torch.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+        if rows > 1:  # torch measures every 16th row of a part, not of the tensor
+            assert result.survival == pytest.approx(other.survival, rel=1e-3)
+
+    def test_others_are_not(self, tmp_path: Path, given_to_torch: list[Any]) -> None:
+        _, lora, _ = sd1_pair(tmp_path)
+        progress = Counted()
+        base = self.base(tmp_path, 32752.0)
+        result = fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", progress=progress)
+        assert given_to_torch == []
+        assert progress.done == progress.total == result.plan.data_bytes
+
+    def test_bfloat16(self, tmp_path: Path, given_to_torch: list[Any]) -> None:
+        arrays = {"a.weight": random(0, 30, 20).astype(np.float32), "b.weight": random(1, 30, 20).astype(np.float32)}
+        arrays["b.weight"][3, 4] = 2e30
+        base = save(tmp_path / "base.safetensors", arrays)
+        lora = save(tmp_path / "lora.safetensors", peft_lora(dict.fromkeys(arrays, (30, 20)), arrays))
+        fuse(base, [lora], tmp_path / "out.safetensors", dtype="bf16", device="cpu", verify="full")
+        assert given_to_torch == [{("", "b.weight")}]
+
+    @linux
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_what_is_no_number_is_refused_in_the_usual_words(self, tmp_path: Path, value: float) -> None:
+        _, lora, _ = sd1_pair(tmp_path)
+        words = ("fuse", self.base(tmp_path, value), "-l", lora, "-o", tmp_path / "out.safetensors", "--device", "cpu")
+        with pytest.raises(NonFinite) as caught:
+            fuse(words[1], [lora], tmp_path / "out.safetensors", device="cpu")
+        for changes in (NO_THREADS, NO_NUMPY):
+            done = changed_bake(changes, *words)
+            assert (done.code, done.out) == (7, "")
+            assert done.err == f"bake: {caught.value.message}\n"
+            assert self.NAME in done.err
+        assert not (tmp_path / "out.safetensors").exists()
+        assert not drafts(tmp_path)
+
+    @linux
+    def test_an_overflow_in_a_process_is_refused_in_the_usual_words(self, tmp_path: Path) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        words = ("fuse", base, "-l", f"{lora}:1e7", "-o", tmp_path / "out.safetensors", "--device", "cpu")
+        done = changed_bake(NO_THREADS, *words)
+        assert done.code == 7
+        assert "F16 ends at 65504" in done.err
+
+
+class TestWhatIsDoneWithoutTorch:
+    @pytest.fixture
+    def plan(self, tmp_path: Path) -> Plan:
+        base, lora, _ = sd1_pair(tmp_path)
+        return build_plan(base, [lora])
+
+    def test_on_the_processor(self, plan: Plan) -> None:
+        assert suits(plan, "cpu")
+        for device in ("cuda", "cuda:1", "mps", "xpu", "pretended"):
+            assert not suits(plan, device)
+
+    def test_auto_where_there_can_be_no_gpu(self, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+        present: set[str] = set()
+        monkeypatch.setattr(plain.os.path, "exists", lambda path: path in present)
+        monkeypatch.setattr(plain.os.path, "isdir", lambda path: path in present)
+        assert not suits(plan, "auto")  # no Linux
+        present.add("/proc/self")
+        assert suits(plan, "auto")
+        for device in ("/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/accel"):
+            present.add(device)
+            assert not suits(plan, "auto")
+            present.remove(device)
+
+    @pytest.mark.parametrize(
+        ("options", "is_suited"),
+        [
+            ({"dtype": "bf16"}, True),
+            ({"rounding": "fast"}, True),
+            ({"dtype": "fp32"}, False),
+            ({"dtype": "fp8_e4m3fn"}, False),
+            ({"dtype": "fp8_e4m3fn_scaled"}, False),
+            ({"rounding": "stochastic"}, False),
+        ],
+        ids=str,
+    )
+    def test_to_16_bits_to_nearest(self, tmp_path: Path, options: dict[str, str], is_suited: bool) -> None:
+        base, lora, _ = sd1_pair(tmp_path)
+        assert suits(build_plan(base, [lora], **options), "cpu") == is_suited
+
+    @pytest.mark.parametrize("added", ["diff", "lora_mid.weight", "dora_scale", "lora_up.weight"])
+    def test_sums_of_loras(self, tmp_path: Path, added: str) -> None:
+        base = save_base(tmp_path / "base.safetensors")
+        arrays, _ = kohya_lora(small("sd1"))
+        module = "lora_unet_down_blocks_0_resnets_0_conv1"
+        up, down = arrays[f"{module}.lora_up.weight"], arrays[f"{module}.lora_down.weight"]
+        if added == "lora_mid.weight":
+            arrays[f"{module}.lora_down.weight"] = down[:, :, :1, :1]
+            arrays[f"{module}.{added}"] = np.ones((len(down), len(down), *down.shape[2:]), np.float16)
+        elif added == "dora_scale":
+            arrays[f"{module}.{added}"] = np.ones((len(up), 1, 1, 1), np.float16)
+        elif added == "diff":
+            arrays = {f"{module}.{added}": np.ones((len(up), *down.shape[1:]), np.float16)}
+        else:
+            arrays[f"{module}.{added}"] = up.astype(np.float64)
+        lora = save(tmp_path / "lora.safetensors", arrays)
+        plan = build_plan(base, [lora])
+        assert not suits(plan, "cpu")
+        fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", verify="full")
