@@ -251,6 +251,19 @@ class TestGoingOn:
         assert scene.check(scene.resume(), started_over=None)["redone"] > 10
         assert (tmp_path / "elsewhere").read_bytes() == before
 
+    def test_embeddings_beside_are_written_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def with_token(folder: Path) -> Words:
+            words = lora_file(folder)
+            save(words[-1], peft_lora(SHAPES, PROJECTIONS) | {"<s1>": random(1, 768).astype(np.float32)})
+            return words
+
+        monkeypatch.setitem(KINDS, "token", (with_token, "out.safetensors"))
+        scene = Scene(tmp_path, "token")
+        scene.stop_before_the_headers(monkeypatch)
+        assert not (tmp_path / "out.embeddings").exists()
+        scene.check(scene.resume(), bytes=data_bytes(scene), started_over=None)
+        assert content(tmp_path / "out.embeddings") == content(tmp_path / "whole out.embeddings")
+
     def test_parts_of_a_tensor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for kind in ("lora", "loha"):
             (tmp_path / kind).mkdir()
