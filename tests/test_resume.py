@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from crashing import Fault, Server
 from models import llama, peft_lora
+from scenes import spread
 from support import Arrays, Done, bake, drafts, random, save
 
 from bake import api
@@ -24,6 +25,7 @@ from bake.errors import NoSpace
 from bake.execute import parts
 from bake.execute.plain import pipeline as plain
 from bake.io.draft import Draft
+from bake.io.moves import remove
 
 SHAPES = llama(layers=6)
 PROJECTIONS = [name for name in SHAPES if "_proj." in name]
@@ -395,6 +397,30 @@ class TestStopping:
         assert done.err == f"bake: {lora.output}: the disk is full; nothing was changed; {GOES_ON}"
         assert drafts(lora.folder) == [lora.draft, lora.journal]
         assert lora.check(lora.resume(), started_over=None, redone=0)["spans"] >= 18
+
+    @pytest.mark.parametrize("kind", ["lora", "folder"])
+    def test_whatever_fails_the_next_run_goes_on_or_starts_over(
+        self, tmp_path: Path, server: Server, kind: str
+    ) -> None:
+        scene = Scene(tmp_path, kind)
+        calls = server.run(*scene.order, folder=tmp_path).calls
+        remove(scene.output)
+        names = [name for name in dict.fromkeys(name for name, _ in calls) if "stat" not in name]
+        points = [(name, number) for name in names for number in range(sum(called == name for called, _ in calls))]
+        codes = []
+        for place, (name, number) in enumerate(spread(points, 12)):
+            fault = Fault(name, number, "fail", code=(errno.EIO, errno.ENOSPC)[place % 2])
+            ran = server.run(*scene.order, folder=tmp_path, fault=fault)
+            assert ran.code in (0, 3, 8, 9), (fault, ran)
+            is_kept = "--resume goes on" in ran.out
+            assert is_kept == bool(drafts(tmp_path)), (fault, ran)
+            codes.append(ran.code)
+            if ran.code == 0:
+                assert content(scene.output) == scene.expected
+            else:
+                scene.check(server.run(*scene.order, folder=tmp_path), started_over=None)
+            remove(scene.output)
+        assert 8 in codes
 
     def test_the_second_run_at_once_is_told_and_touches_nothing(self, stopped: Scene) -> None:
         before = stopped.journal.read_bytes()

@@ -175,7 +175,7 @@ class Draft:
 
     def _create(self, relative: str, size: int) -> None:
         if not self.is_folder:
-            _reserve(self._lock, size)
+            self._fit(self._lock, size)
             return
         path = self.file(relative)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,9 +183,14 @@ class Draft:
         if descriptor is None:
             descriptor = _open_new(path)
         try:
-            _reserve(descriptor, size)
+            self._fit(descriptor, size)
         finally:
             os.close(descriptor)
+
+    def _fit(self, descriptor: int, size: int) -> None:
+        if self._is_resumed:
+            os.ftruncate(descriptor, size)  # it may be longer
+        _reserve(descriptor, size)
 
     def seal(self) -> None:
         """Bring all of the draft to the disk. Raises OutputRefused if the disk refuses."""
@@ -216,7 +221,8 @@ class Draft:
             self.is_published = True
             try:
                 sync_folder(self.place.parent)
-                remove(journal_of(self.place))
+                if self.journal is not None:
+                    self.journal.remove()
                 if old is not None:
                     remove(old)
             except OSError as error:
@@ -254,7 +260,8 @@ class Draft:
                     if not _CAN_LOCK:
                         self._release()
                     remove(self.path)
-                    remove(journal_of(self.place))
+                    if self.journal is not None:
+                        self.journal.remove()
             finally:
                 self._release()
 
@@ -337,9 +344,7 @@ def _is_sole(status: os.stat_result) -> bool:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Make a file `size` bytes long, with its space reserved where the file system can do that."""
-    if os.fstat(descriptor).st_size > size:
-        os.ftruncate(descriptor, size)
+    """Make an empty file `size` bytes long, with its space reserved where the file system can do that."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
