@@ -18,7 +18,7 @@ from bake.execute.task import DEFAULT_MEMORY, Options, Target
 from bake.interrupts import check, finished, uninterrupted
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft
-from bake.io.files import copy_file, inputs_only, open_for_writing, write_at, write_file
+from bake.io.files import check_exists, copy_file, inputs_only, open_for_writing, write_at, write_file
 from bake.io.fileset import Expected, FileSet
 from bake.io.header import TensorInfo, build_header
 from bake.io.journal import NoJournal, Resumed
@@ -342,7 +342,7 @@ def check_output(
     path, folder = Path(output), embeddings_folder(Path(output))
     with inputs_only():
         if base is None:
-            folders = [*map(Path, search), path.resolve().parent, Path.cwd()]
+            folders = [*map(Path, search), Path(os.path.realpath(path)).parent, Path.cwd()]
             recipe = recipe_from_record(stored_recipe(path), folders, str(path))
             try:
                 plan = plan_recipe(recipe)
@@ -357,8 +357,7 @@ def check_output(
 
 def stored_recipe(path: Path) -> dict[str, Any]:
     """The recipe that bake stored in the checkpoint at `path`; raises InputError if there is none."""
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder", path=str(path))
+    check_exists(path)
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         text = open_tensors(file).metadata.get(RECIPE_KEY)
         if text is not None:

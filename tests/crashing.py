@@ -142,13 +142,13 @@ class Events:
         return os.path.join(_opened(folder), path) if isinstance(folder, int) else os.path.abspath(path)
 
 
-_open, _write, _close, _readlink = os.open, os.write, os.close, os.readlink
+_open, _close, _readlink = os.open, os.close, os.readlink
 
 
 def _note(log: Path, line: str) -> None:
-    """Append a line. The log is not kept open: bake's workers close whatever is."""
-    descriptor = _open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _write(descriptor, line.encode())
+    """Opened anew each time: processes of the run close what they do not know."""
+    descriptor = _open(log, os.O_WRONLY | os.O_APPEND)
+    os.write(descriptor, line.encode())
     _close(descriptor)
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: tensors, headers and the ways in which a header can be broken."""
+"""Hypothesis strategies: tensors, headers, JSON documents, and the ways in which they can be broken."""
 
 from __future__ import annotations
 
@@ -37,3 +37,25 @@ def entry(dtype: str, shape: list[int], begin: int) -> dict[str, Any]:
     """A correct header entry."""
     size = math.prod(shape) * DTYPES[dtype].bits // 8
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+
+
+_texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+_leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), _texts, st.sampled_from(sorted(DTYPES))
+)
+documents = st.recursive(
+    _leaves, lambda inside: st.lists(inside, max_size=4) | st.dictionaries(_texts, inside, max_size=4), max_leaves=12
+)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, document: Any) -> Any:
+    """`document` with one of the values in it replaced by an arbitrary one."""
+    if not isinstance(document, (dict, list)) or not document or draw(st.integers(0, 4)) == 0:
+        return draw(documents)
+    keys = list(document) if isinstance(document, dict) else list(range(len(document)))
+    key = draw(st.sampled_from(keys))
+    changed = spoiled(document[key])
+    if isinstance(document, dict):
+        return {**document, key: draw(changed)}
+    return [*document[:key], draw(changed), *document[key + 1 :]]

@@ -40,7 +40,7 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-STAGES = ("bake.api.execute", "bake.api._write_headers", "bake.api._verified", "bake.api._check_unchanged")
+STAGES = ("bake.api.Execution", "bake.api._write_headers", "bake.api._verified", "bake.api._check_unchanged")
 
 
 @pytest.mark.parametrize("verify", ["none", "sample"])

@@ -37,6 +37,10 @@ _SUMMARIES = {
     "env": "Print versions and devices, for bug reports.",
     "completion": "Print the completion script of SHELL.",
 }
+_NO_MEMORY = (
+    "the system gives this process no more memory; the output is as it was before. "
+    "Use fewer --threads, a smaller --memory, or raise the limit."
+)
 
 
 class _Commands(click.Group):
@@ -118,6 +122,8 @@ def _answer(words: Sequence[str], as_json: bool) -> int:
         what = error.filename or "standard output"
         _refuse(OutputRefused(f"{what}: {error.strerror or error}; {_fate()}"), OutputRefused.exit_code, as_json)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's
+            _refuse(UsageError(_NO_MEMORY), UsageError.exit_code, as_json)
         _report_bug(error, as_json)
     return code if isinstance(code, int) else 0
 
@@ -125,6 +131,8 @@ def _answer(words: Sequence[str], as_json: bool) -> int:
 def run() -> NoReturn:
     """The program `bake`: `main`, less the quarter of a second that taking torch apart at the end would cost."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would start only to wait
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
         main()
     except SystemExit as end:

@@ -198,16 +198,27 @@ def _show_checkpoint(out: Output, found: dict[str, Any]) -> None:
     out.line("parts", ", ".join(f"{name} ({count} tensors)" for name, count in found["components"].items()))
     out.line("holds", _contents(found))
     recipe = found["recipe"]
+    while recipe is not None:  # bakes on top of bakes
+        recipe = _show_recipe(out, recipe)
+
+
+def _show_recipe(out: Output, recipe: Any) -> Any:
+    """What was fused into a file, by its bake.recipe; returns that of the base. It may be anybody's text."""
     try:
-        while recipe is not None:  # bakes on top of bakes
-            for use in recipe["adapters"]:
-                sha256 = use["files"][0]["sha256"]
-                scaled = ", scaled by block, depth or name" if "selection" in use else ""
-                out.line("fused in", f"{use['name']} at {use['weight']:g}{scaled} (SHA-256 {sha256[:12]}...)")
-            out.line("made of", f"{recipe['base']['name']} by bake {recipe['version']}")
-            recipe = recipe["base"].get("recipe")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        out.line("recipe", "the one in the metadata is not as bake writes it")
+        uses = [
+            (use["name"], float(use["weight"]), "selection" in use, str(use["files"][0]["sha256"]))
+            for use in recipe["adapters"]
+        ]
+        made_of = f"{recipe['base']['name']} by bake {recipe['version']}"
+        earlier = recipe["base"].get("recipe")
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
+        out.line("recipe", "malformed: not one that bake wrote (--json shows it)")
+        return None
+    for name, weight, is_scaled, sha256 in uses:
+        scaled = ", scaled by block, depth or name" if is_scaled else ""
+        out.line("fused in", f"{name} at {weight:g}{scaled} (SHA-256 {sha256[:12]}...)")
+    out.line("made of", made_of)
+    return earlier
 
 
 def _contents(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,10 +37,10 @@ class Weighted(click.ParamType):
         weight: float | None = None
         named: dict[str, float] = {}
         selected: dict[str, str] = {}
-        if not Path(text).exists():
+        if not os.path.exists(text):
             text, found, rules = text.partition(_RULES)  # rules have colons of their own, so they come last
             selected = {"lbwe": rules} if found else {}
-        while not Path(text).exists() and ":" in text:
+        while not os.path.exists(text) and ":" in text:
             head, _, last = text.rpartition(":")
             key, equals, setting = last.partition("=")
             if equals:

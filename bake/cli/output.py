@@ -34,7 +34,7 @@ class Output:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
 
     def document(self, document: dict[str, Any]) -> None:
-        print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+        print(json.dumps(document, indent=2, default=str))
 
     def line(self, label: str, text: str) -> None:
         click.echo(f"{label:<{_LABEL - 1}} {printable(text)}")

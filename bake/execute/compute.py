@@ -15,7 +15,7 @@ from bake.errors import InputError, NonFinite
 from bake.execute.chunk import Chunk
 from bake.execute.device import Desk, Device
 from bake.execute.rounding import Rounding, has_nonfinite, put, settle_wide, take
-from bake.execute.survival import NOTHING, SAMPLED_ROWS, Survival
+from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.fileset import FileSet
 from bake.io.payload import read_padded, read_rows, read_tensor
 from bake.keys.factors import as_matrix
@@ -120,13 +120,14 @@ class Work(ABC):
 
     def _round(self, values: Tensor, raw: Tensor, out: Tensor, chunk: Chunk, desk: Desk) -> Survival:
         """Round the float64 `values` of the chunk into `out`."""
-        update = values[::SAMPLED_ROWS] - raw[::SAMPLED_ROWS].to(torch.float64)
+        rows = sampled(chunk.first)
+        update = values[rows] - raw[rows].to(torch.float64)
         if out.element_size() < 4:
             near, other = desk.computed("near", torch.float32, raw.shape), desk.computed("other", out.dtype, raw.shape)
             settle_wide(values, near, self._rounding, out, other, self._flat(chunk))
         else:
             out.copy_(values)
-        return lost(update, raw, out)
+        return lost(update, raw, out, chunk)
 
     def _flat(self, chunk: Chunk) -> int:
         """The flat index, in the whole tensor, of a chunk's first element."""
@@ -244,12 +245,12 @@ def widened(values: Tensor) -> Tensor:
     return values.to(torch.float64, copy=True)
 
 
-def lost(update: Tensor, raw: Tensor, out: Tensor) -> Survival:
+def lost(update: Tensor, raw: Tensor, out: Tensor, chunk: Chunk) -> Survival:
     """What is left of an update of the sampled rows of a chunk, given the chunk before and after.
 
     The base counts as it would be stored without the update: what rounding it loses is not the update's.
     """
-    before, after = raw[::SAMPLED_ROWS], out[::SAMPLED_ROWS]
+    before, after = (values[sampled(chunk.first)] for values in (raw, out))
     if before.dtype != after.dtype:
         before = before.to(after.dtype)
     return survival_of(update, after.to(update.dtype) - before.to(update.dtype))

@@ -14,7 +14,7 @@ from bake.execute.chunk import Chunk, chunk_height
 from bake.execute.compute import Work, survival_of
 from bake.execute.device import Desk
 from bake.execute.rounding import SPREAD, UNIT, Nearest, Rounding, differing, put, settle, settle_wide
-from bake.execute.survival import SAMPLED_ROWS, Survival
+from bake.execute.survival import Survival, sampled
 from bake.io.fileset import FileSet
 from bake.io.payload import as_bytes, read_padded, torch_dtype
 from bake.keys.factors import as_matrix
@@ -92,11 +92,13 @@ class Rescaled(Work):
             places = differing(out, other)
             exact = self._inner.exactly(places, raw, chunk) / scales.expand(raw.shape).reshape(-1)[places]
             put(out, places, self._rounding.narrow_each(exact, places + first))
-        return self._survival(values, raw, out, scales)
+        return self._survival(values, raw, out, scales, sampled(chunk.first))
 
-    def _survival(self, values: Tensor, raw: Tensor, out: Tensor, scales: Tensor) -> Survival:
-        """The base counts as it is stored: with its own scale, else as it would be with the new one."""
-        some = slice(None, None, SAMPLED_ROWS)
+    def _survival(self, values: Tensor, raw: Tensor, out: Tensor, scales: Tensor, some: slice) -> Survival:
+        """What survived in `some` rows of the chunk.
+
+        The base counts as it is stored: with its own scale, else as it would be with the new one.
+        """
         scales = scales[some] if self._by_row else scales
         before = raw[some].to(torch.float64)
         if self.plan.scale is None:

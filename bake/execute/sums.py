@@ -31,7 +31,7 @@ from bake.execute.chunk import Chunk
 from bake.execute.compute import Work, lost
 from bake.execute.device import Desk, Device
 from bake.execute.rounding import SPREAD, UNIT, Rounding, differing, has_nonfinite, put, settle, take
-from bake.execute.survival import SAMPLED_ROWS, Survival
+from bake.execute.survival import Survival, sampled
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
 from bake.plan.model import TensorPlan, Term
@@ -97,30 +97,31 @@ class Sum(Work):
             for piece in pieces:
                 piece.add_to(slack)
         near.add_(slack)
-        update = slack[::SAMPLED_ROWS].clone()
+        update = slack[sampled(chunk.first)].clone()
         if self._rounding.is_fast:
             self._rounding.narrow(near, out, self._flat(chunk))
-            return lost(update, raw, out)
+            return lost(update, raw, out, chunk)
         torch.abs(near, out=slack)
         places = self._settle(near, slack, out, chunk, desk, pieces, UNIT)
         if places.shape[0] > raw.numel() * _DENSE_SHARE and self.device.has_float64:
             self._is_dense = True
             return self._in_float64(raw, out, chunk, desk, pieces)
         self._recompute(places, raw, out, chunk, pieces)
-        return lost(update, raw, out)
+        return lost(update, raw, out, chunk)
 
     def _in_float64(self, raw: Tensor, out: Tensor, chunk: Chunk, desk: Desk, pieces: Sequence[_Piece]) -> Survival:
         values = self._sum(raw, pieces, desk.computed("wide", torch.float64, raw.shape), desk)
         if out.element_size() >= 4:
             return self._round(values, raw, out, chunk, desk)
-        update = values[::SAMPLED_ROWS] - raw[::SAMPLED_ROWS].to(torch.float64)
+        rows = sampled(chunk.first)
+        update = values[rows] - raw[rows].to(torch.float64)
         near = desk.computed("near", torch.float32, raw.shape)
         slack = desk.computed("slack", torch.float32, raw.shape)
         near.copy_(values)
         torch.abs(near, out=slack)
         places = self._settle(near, slack, out, chunk, desk, pieces, _UNIT64)
         self._recompute(places, raw, out, chunk, pieces)
-        return lost(update, raw, out)
+        return lost(update, raw, out, chunk)
 
     def _settle(
         self, near: Tensor, slack: Tensor, out: Tensor, chunk: Chunk, desk: Desk, pieces: Sequence[_Piece], unit: float

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SAMPLED_ROWS = 16  # every 16th row of a chunk is used to measure what survived the rounding
+SAMPLED_ROWS = 16  # every 16th row of a tensor is used to measure what survived the rounding
+
+
+def sampled(first: int) -> slice:
+    """Those of the rows from `first` on."""
+    return slice(-first % SAMPLED_ROWS, None, SAMPLED_ROWS)
 
 
 @dataclass(frozen=True, slots=True)

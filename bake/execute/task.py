@@ -14,7 +14,7 @@ from bake.progress import Progress
 
 DEFAULT_MEMORY = 512 * 1024 * 1024
 MAX_WORKERS = 8
-MANY_FILES = 64  # with more, inputs are only open while they are read
+MANY_FILES = 32  # with more, inputs are only open while they are read
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from bake.io.adapter import AdapterFile
 from bake.keys.dialects import Address, addresses, part_addresses
 from bake.keys.factors import ALGORITHMS
 
-_NUMBERED_MODULE = re.compile(r"(unet|text_encoder):(\d+)")
+_NUMBERED_MODULE = re.compile(r"(unet|text_encoder):(\d{1,4})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ _ANSWERS = {
     ("stable-cascade", "stable-cascade"): ("unet",),  # stage B, where stage C is not there
 }
 _ANY_T5 = ("te1", "te2", "te3")
-_CLIP_LAYER = re.compile(r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
+_CLIP_LAYER = re.compile(r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.(\d{1,4})\.")
 _BIGG_DEPTH = 32  # layers of OpenCLIP bigG, the second text encoder of SDXL; CLIP-L has 12, OpenCLIP H 23 or 24
 _VARIANTS = {9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}  # by input channels of the first convolution
 
@@ -234,8 +234,8 @@ def _identify(
 
 def _unet_family(is_ldm: bool, names: Mapping[str, Shape]) -> tuple[str, str | None, tuple[str, ...]]:
     """(family, variant, evidence): from which blocks exist and how many axes they have, not from widths."""
-    channels = names["input_blocks.0.0.weight" if is_ldm else "conv_in.weight"][1]
-    variant = _VARIANTS.get(channels)
+    first = names["input_blocks.0.0.weight" if is_ldm else "conv_in.weight"]
+    variant = _VARIANTS.get(first[1]) if len(first) > 1 else None
     embedding = "label_emb.0.0.weight" if is_ldm else "add_embedding.linear_1.weight"
     fourth_level = "input_blocks.9.0.op.weight" if is_ldm else "down_blocks.3.resnets.0.conv1.weight"
     if embedding in names:

@@ -13,7 +13,7 @@ from bake.io.adapter import AdapterFile
 from bake.io.tensorfile import read_tensor_bytes
 from bake.keys.factors import SCALARS, Suffix, algorithm_of, split_key, split_value, updates_nothing
 
-_NUMBERED = re.compile(r"(?P<component>unet|text_encoder):(?P<number>\d+):(?P<factor>up|down)")
+_NUMBERED = re.compile(r"(?P<component>unet|text_encoder):(?P<number>\d{1,4}):(?P<factor>up|down)")
 _SAVED_COPY = ".modules_to_save."
 _SHARED = frozenset({"vera_a", "vera_b"})  # factors that all modules of a file have in common
 

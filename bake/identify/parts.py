@@ -33,6 +33,6 @@ def block_of(module: Module) -> str:
 
 def in_order(name: str) -> tuple[bool, tuple[tuple[bool, int, str], ...]]:
     """Sort key for components and blocks: text encoders last, numbers by their size."""
-    pieces = re.split(r"(\d+)", name)
+    pieces = re.split(r"(\d{1,9})", name)
     numbers = ((True, int(piece), "") if piece.isdecimal() else (False, 0, piece) for piece in pieces)
     return bool(_TEXT_ENCODER.fullmatch(name)), tuple(numbers)

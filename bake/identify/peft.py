@@ -78,7 +78,7 @@ class PeftConfig:
     token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # embedding ("": the input's) -> rows
     ties_embeddings: bool = False  # ensure_weight_tying: what changes the embedding changes its tied head as well
     target_parameters: tuple[str, ...] = ()  # bare parameters that were trained, see bake.keys.experts
-    feedforward_modules: str | tuple[str, ...] = ()  # IA3: scaled on the input; shapes tell too
+    feedforward_modules: Patterns | tuple[str, ...] = ()  # IA3: scaled on the input; shapes tell too
     block_share: bool = False  # OFT: one block stands for all
     neumann_terms: int | None = None  # OFT: terms of the series for the inverse; None: the exact inverse
     rotation_limit: float | None = None  # OFT: the eps of coft, which PEFT applies whenever it uses the factors
@@ -130,8 +130,8 @@ class PeftConfig:
     def is_feedforward(self, module: str) -> bool:
         """True if the (IA)3 numbers of `module` scale its inputs. Source: PEFT tuners/ia3/model.py."""
         named = self.feedforward_modules
-        if isinstance(named, str):
-            return Patterns({named: 1.0}).find(module) is not None
+        if isinstance(named, Patterns):
+            return named.find(module) is not None
         return any(module == name or module.endswith("." + name) for name in named)
 
     def rows_of(self, module: str) -> tuple[int, ...] | None:
@@ -327,9 +327,9 @@ def _names(config: Mapping[str, Any], setting: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _names_or_pattern(config: Mapping[str, Any], setting: str) -> str | tuple[str, ...]:
+def _names_or_pattern(config: Mapping[str, Any], setting: str) -> Patterns | tuple[str, ...]:
     found = config.get(setting)
-    return found if isinstance(found, str) else _names(config, setting)
+    return Patterns({found: 1.0}) if isinstance(found, str) else _names(config, setting)
 
 
 def _token_rows(config: Mapping[str, Any], kind: str) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bake.errors import InputError
 from bake.io.checkpoint import read_json_object
+from bake.io.files import check_exists
 from bake.io.tensorfile import TensorFile, open_tensors
 
 # In the order of preference; each with the configuration that lies beside it.
@@ -50,8 +51,7 @@ def open_adapter(path: Path) -> AdapterFile:
 
     Raises InputError and its kin for what is missing, unreadable or malformed.
     """
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder", path=str(path))
+    check_exists(path)
     weights = path
     if path.is_dir():
         present = [path / name for name in _FOLDER_FILES if (path / name).is_file()]

@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from bake.errors import FolderError, InputError, UsageError
-from bake.io.files import read_bytes, reading
+from bake.io.files import check_exists, read_bytes, reading
 from bake.io.header import TensorInfo
 from bake.io.jsontext import parse_object, shortened
 from bake.io.tensorfile import TensorFile, open_tensors
@@ -77,8 +77,7 @@ def open_checkpoint(path: Path, also: Sequence[Path] = ()) -> Checkpoint:
 
     Raises InputError and its kin for anything missing, unreadable or contradictory.
     """
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder", path=str(path))
+    check_exists(path)
     if path.is_dir():
         if also:
             raise UsageError(f"--also adds files to a single-file base; {path} is a folder")
@@ -89,7 +88,8 @@ def open_checkpoint(path: Path, also: Sequence[Path] = ()) -> Checkpoint:
     files: list[CheckpointFile] = []
     for place, each in enumerate((path, *also)):
         name = _output_name(each)
-        if any(each.exists() and each.samefile(other) for other in (path, *also)[:place]):
+        check_exists(each)
+        if any(each.samefile(other) for other in (path, *also)[:place]):
             raise UsageError(f"{each} is named twice in the stack")
         if any(name == other.relative for other in files):
             raise UsageError(f"two files of the stack are called {name}; the output folder can hold only one")
@@ -176,7 +176,7 @@ def _open_shards(folder: Path, index: Path, below: str, group: str) -> tuple[Che
     for shard in sorted(listed):
         if PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):  # knows both slashes, and C:
             raise FolderError(f"{index}: {shortened(shard)} is not the name of a shard in this folder", path=str(index))
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):  # the name is a stranger's: pathlib raises for some
             raise FolderError(f"{index}: the shard {shard} is missing", path=str(index), shard=shard)
         opened = open_tensors(folder / shard)
         for name in sorted(listed[shard].symmetric_difference(opened.tensors)):

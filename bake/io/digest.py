@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from bake.io.files import read_bytes, read_into, reading, status_of
-from bake.io.known import Digest, recall, remember
+from bake.io.known import Digest, Known
 from bake.io.tensorfile import open_tensors
 
 # Large, because every piece waits for Python's lock, which others hold for long while torch is imported.
@@ -30,15 +30,26 @@ def digest_file(path: Path, stop: threading.Event | None = None) -> Digest:
         return Digest(whole.hexdigest(), legacy_hash(fd, size, path))
 
 
-def known_digest(path: Path, stop: threading.Event | None = None) -> Digest:
-    """As `digest_file`, but without reading the file again if it was digested before and has not changed since."""
-    with reading(path) as fd:
-        status = status_of(fd, path)
-    digest = recall(path, status)
-    if digest is None:
-        digest = digest_file(path, stop)
-        if digest.sha256:
-            remember(path, status, digest)
+def known_digests(paths: Iterable[Path], stop: threading.Event | None = None) -> Iterator[Digest]:
+    """As `digest_file` of each, but without reading files again that were digested before and did not change since."""
+    known = Known()
+    try:
+        for path in paths:
+            with reading(path) as fd:
+                status = status_of(fd, path)
+            digest = known.recall(path, status)
+            if digest is None:
+                digest = digest_file(path, stop)
+                if digest.sha256:
+                    known.note(path, status, digest)
+            yield digest
+    finally:
+        known.save()
+
+
+def known_digest(path: Path) -> Digest:
+    """The same of one file."""
+    (digest,) = known_digests([path])
     return digest
 
 
@@ -88,8 +99,7 @@ class BackgroundDigests:
 
     def _run(self) -> None:
         try:
-            for path in self._paths:
-                self._digests.append(known_digest(path, self._stop))
+            self._digests += known_digests(self._paths, self._stop)
         except BaseException as error:
             self._error = error
 

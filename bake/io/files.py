@@ -27,6 +27,16 @@ if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
+def check_exists(path: Path) -> None:
+    """Raise InputError if there is nothing at `path`, or nothing that the system lets be seen."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: there is no such file or folder", path=str(path)) from None
+    except OSError as error:  # too long a name, a folder without permission
+        raise InputError(f"{path}: cannot be opened: {error.strerror}", path=str(path)) from None
+
+
 def open_for_reading(path: Path) -> int:
     """A file descriptor for the regular file `path`; raises InputError if it is none or cannot be opened."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -34,10 +44,13 @@ def open_for_reading(path: Path) -> int:
         fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its writer
     except OSError as error:
         raise InputError(f"{path}: cannot be opened: {error.strerror}", path=str(path)) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    try:
+        if stat.S_ISREG(status_of(fd, path).st_mode):
+            return fd
         raise InputError(f"{path}: a regular file was expected, this is a pipe, a device or a folder", path=str(path))
-    return fd
+    except BaseException:
+        close_input(fd)
+        raise
 
 
 def close_input(fd: int) -> None:

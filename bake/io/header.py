@@ -6,8 +6,10 @@ must tile without hole or overlap (format description in the safetensors README)
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeGuard
@@ -122,8 +124,9 @@ def _check_entry(name: str, entry: Any, path: str) -> TensorInfo:
     if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         refuse(f"{shortened(offsets)} is not a pair of offsets")
     begin, end = offsets
-    elements = math.prod(shape)
-    needed = tensor_bytes(dtype, elements) if elements <= _MAX_ELEMENTS else None
+    # The library multiplies from left to right, and gives up where it cannot count further, zeros to come or not.
+    counts = list(itertools.accumulate(shape, operator.mul, initial=1))
+    needed = tensor_bytes(dtype, counts[-1]) if max(counts) <= _MAX_ELEMENTS else None
     if needed is None or needed != end - begin:
         refuse(
             f"{dtype} of shape {shortened(shape)} takes {needed if needed is not None else 'no whole number of'} "
@@ -133,7 +136,7 @@ def _check_entry(name: str, entry: Any, path: str) -> TensorInfo:
 
 
 def _is_size_list(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_ELEMENTS for item in value)
 
 
 def lay_out(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bake.errors import NoSpace, OutputExists, OutputRefused, SameFile
 from bake.io.files import inputs_only
+from bake.io.neighbours import neighbour
 from bake.sizes import format_bytes
 
 _DRAFT_SUFFIX = ".bake-draft"
@@ -21,7 +22,7 @@ _MODEL_FILES = ("model_index.json", "config.json")
 
 def draft_of(place: Path) -> Path:
     """Where the output at `place` is under construction."""
-    return place.with_name(f".{place.name}{_DRAFT_SUFFIX}")
+    return neighbour(place, _DRAFT_SUFFIX)
 
 
 def journal_of(place: Path) -> Path:
@@ -31,7 +32,7 @@ def journal_of(place: Path) -> Path:
 
 def aside_of(place: Path) -> Path:
     """Where the old folder waits while the new one takes its place, where that takes two steps."""
-    return place.with_name(f".{place.name}{_ASIDE_SUFFIX}")
+    return neighbour(place, _ASIDE_SUFFIX)
 
 
 def refusal_of(error: OSError, place: Path) -> OutputRefused:

@@ -38,6 +38,8 @@ _BLOCKS = ("mlp", "block_sparse_moe")
 _ROUTERS = ("gate", "router")  # Mixtral's and Qwen's, PhiMoE's since transformers 5
 _STACKED_ELSEWHERE = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # GraniteMoE before transformers 5
 
+_NUMBER = re.compile(r"\d{1,6}")
+
 # Stored in x out and known to be so by PEFT (the class sets is_transposed); source: transformers 5, by model_type.
 _IN_OUT_FOR_PEFT = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
 
@@ -49,7 +51,7 @@ def aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> d
     blocks: set[str] = set()
     for module, parameters in modules.items():
         parts = module.rsplit(".", 3)
-        if len(parts) == 4 and parts[1] == "experts" and parts[2].isdigit() and parts[3] in _LEAVES:
+        if len(parts) == 4 and parts[1] == "experts" and _NUMBER.fullmatch(parts[2]) and parts[3] in _LEAVES:
             stack, position = _LEAVES[parts[3]]
             if "weight" in parameters:
                 single.setdefault((parts[0], stack), {})[int(parts[2]), position] = parameters["weight"][0]
@@ -77,7 +79,7 @@ def _stack(places: Mapping[tuple[int, int], Place], shapes: Mapping[str, Shape])
     experts = max(expert for expert, _ in places) + 1
     positions = max(position for _, position in places) + 1
     sizes = {shapes[place.tensor] for place in places.values()}
-    if len(places) != experts * positions or len(sizes) != 1:
+    if len(places) != experts * positions or len(sizes) != 1 or () in sizes:
         return ()
     (height, *_) = sizes.pop()
     ordered = (places[key] for key in sorted(places))

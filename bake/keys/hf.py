@@ -111,7 +111,12 @@ def _split_and_fused(
                 )
         elif leaf == fusion.split[0] and not above.rpartition(".")[2].isdigit():  # an expert is no model's dense layer
             parts = [modules.get(f"{above}.{name}", {}) for name in fusion.split]
-            whole = {key: _stack([part[key][0] for part in parts], shapes) for key in _common(parts)}
+            stacks = {key: [part[key][0] for part in parts] for key in _common(parts)}
+            whole = {
+                key: _stack(places, shapes)
+                for key, places in stacks.items()
+                if all(shapes[place.tensor] for place in places)  # scalars have no rows
+            }
             if "weight" in whole and all(part.keys() == whole.keys() for part in parts):
                 yield f"{above}.{fusion.fused}", whole
 

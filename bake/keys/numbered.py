@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable
 
 _TRANSFORMER = re.compile(
-    r"(?P<block>(?P<side>down|up|mid)_block(?:s\.(?P<level>\d+))?)"
-    r"\.attentions\.(?P<attention>\d+)\.transformer_blocks\.(?P<depth>\d+)\.attn1\.to_q"
+    r"(?P<block>(?P<side>down|up|mid)_block(?:s\.(?P<level>\d{1,4}))?)"
+    r"\.attentions\.(?P<attention>\d{1,4})\.transformer_blocks\.(?P<depth>\d{1,4})\.attn1\.to_q"
 )
 _RESNET = re.compile(
-    r"(?P<block>(?P<side>down|up|mid)_block(?:s\.(?P<level>\d+))?)\.resnets\.(?P<resnet>\d+)"
+    r"(?P<block>(?P<side>down|up|mid)_block(?:s\.(?P<level>\d{1,4}))?)\.resnets\.(?P<resnet>\d{1,4})"
     r"\.(?P<leaf>conv1|time_emb_proj|conv2|conv_shortcut)"
 )
-_LAYER = re.compile(r"(?P<layer>(?:text_model\.)?encoder\.layers\.(?P<number>\d+))\.self_attn\.k_proj")
+_LAYER = re.compile(r"(?P<layer>(?:text_model\.)?encoder\.layers\.(?P<number>\d{1,4}))\.self_attn\.k_proj")
 _SIDES = {"down": 0, "up": 1, "mid": 2}
 _RESNET_ORDER = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
 

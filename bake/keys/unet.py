@@ -36,8 +36,8 @@ _RESNET = (
 
 _SAMPLERS = {"op", "conv"}  # the convolution of an LDM downsampler, of an upsampler
 
-_LDM_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(\w+)")
-_DIFFUSERS_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)")
+_LDM_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d{1,4})\.(\w+)")
+_DIFFUSERS_BLOCK = re.compile(r"(down|up)_blocks\.(\d{1,4})\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,4})")
 # Attention projections had a processor of their own, and "to_out" no index, in diffusers before 0.18.
 _PROJECTION = re.compile(r"(.+\.attn\d)\.(to_[qkv]|to_out\.0)")
 

@@ -111,12 +111,23 @@ def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:
     for name in recipe.only:
         if name not in present and not (name == "te" and any(map(is_text_encoder, present))):
             raise UsageError(f"--only {name}: the base has no such component; it has {', '.join(present)}")
+    for key, text in recipe.metadata.items():
+        if not _is_unicode(key + text):
+            raise UsageError(f"--metadata {key!r}: {text!r} is no Unicode text, which is all that a header can hold")
     for choice in recipe.adapters:
         numbers = (choice.weight, choice.te, choice.unet)
         if not all(math.isfinite(number) for number in numbers if number is not None):
             raise UsageError(f"{choice.path}: a weight must be a finite number")
         if choice.rank_limit is not None and choice.rank_limit < 1:
             raise UsageError(f"{choice.path}: dyn is the number of ranks to use, at least 1")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open_adapters(recipe: Recipe, identity: BaseIdentity, opened: ExitStack) -> list[_Use]:
@@ -132,6 +143,7 @@ def _open_adapters(recipe: Recipe, identity: BaseIdentity, opened: ExitStack) ->
         if adapter.refusals:
             raise adapter.refusals[0]
         uses.append(_Use(choice, adapter, content_key(source.file)))
+        source.file.close()  # reading opens it again: a hundred adapters are not to be open all at once
     return uses if any(use.adapter.transforms for use in uses) else sorted(uses, key=lambda use: use.order)
 
 

@@ -66,6 +66,8 @@ def file_metadata(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None, 
     family = FAMILIES.get(plan.family)
     if family is not None and family.image:
         recorded |= _for_web_uis(plan, known, file.history)
+    # A file's name may be bytes that are no Unicode, which a header cannot hold.
+    recorded = {key: text.encode("utf-8", "replace").decode("utf-8") for key, text in recorded.items()}
     return recorded | dict(file.metadata)  # what the user gave with --metadata has the last word
 
 

@@ -26,7 +26,7 @@ class _Library:
         self._by_size: dict[int, list[Path]] = {}
         self._digests: dict[Path, str] = {}
         seen = 0
-        for folder in dict.fromkeys(path.resolve() for path in folders):
+        for folder in dict.fromkeys(os.path.realpath(path) for path in folders):
             for parent, _, names in os.walk(folder):
                 seen += len(names)
                 if seen > _MOST_ENTRIES:
@@ -45,7 +45,7 @@ class _Library:
         return [path for path in candidates if self.has(path, wanted)]
 
     def has(self, path: Path, wanted: dict[str, Any]) -> bool:
-        if not path.is_file() or path.stat().st_size != wanted["size"]:
+        if not os.path.isfile(path) or path.stat().st_size != wanted["size"]:
             return False
         if path not in self._digests:
             self._digests[path] = digest_file(path).sha256

@@ -60,18 +60,19 @@ def check_tensors(
     plan: Plan, tensors: list[TensorPlan], full: bool, output: TensorFile, files: FileSet
 ) -> Iterator[tuple[TensorPlan, Report]]:
     """Each tensor that is looked at, with what was found: all elements of all of them, or some rows of a sample."""
-    # A few rows of each are too little work to share: the threads would only wait for Python's lock.
-    pool = ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1) if full else 1, "bake verify")
-    try:
 
-        def check(tensor: TensorPlan) -> Report:
-            blocks = all_rows(tensor) if full else sampled_rows(tensor)
-            return _check_tensor(tensor, blocks, output, files, _rule_of(plan, tensor))
+    def check(tensor: TensorPlan) -> Report:
+        blocks = all_rows(tensor) if full else sampled_rows(tensor)
+        return _check_tensor(tensor, blocks, output, files, _rule_of(plan, tensor))
 
-        chosen = tensors if full else sampled(tensors)
-        yield from zip(chosen, pool.map(check, chosen), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if full:
+        with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1), "bake verify") as pool:
+            try:
+                yield from zip(tensors, pool.map(check, tensors), strict=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    else:  # a few rows of each are too little work to share: threads would only wait for Python's lock
+        yield from ((tensor, check(tensor)) for tensor in sampled(tensors))
 
 
 def _rule_of(plan: Plan, tensor: TensorPlan) -> Rule:

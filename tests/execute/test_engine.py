@@ -16,9 +16,8 @@ from support import drafts, load, lora_delta, random, raw, rounded, save, save_t
 
 from bake.api import fuse
 from bake.errors import InputChanged, NonFinite
-from bake.execute import compute, sums, worker
+from bake.execute import worker
 from bake.execute.plain import pipeline as plain_pipeline
-from bake.execute.plain import sums as plain_sums
 from bake.plan.recipe import AdapterChoice
 
 
@@ -227,15 +226,13 @@ class TestSurvival:
         assert max(fuse(base, [(lora, 1e-6)], tmp_path / "out.safetensors").survival.values()) < 0.1
 
     @pytest.mark.usefixtures("lane")
-    def test_the_share_is_that_of_the_definition(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (compute, sums, plain_sums):
-            monkeypatch.setattr(module, "SAMPLED_ROWS", 1)
+    def test_the_share_is_that_of_the_definition_in_every_16th_row(self, tmp_path: Path) -> None:
         base, lora, deltas = sd1_pair(tmp_path)
         result = fuse(base, [(lora, 0.002)], tmp_path / "out.safetensors")
         before, after = load(base), load(tmp_path / "out.safetensors")
         names = [name for name in deltas if name.startswith(UNET)]
-        lost = sum(np.square(0.002 * deltas[n] - (after[n] - before[n])).sum() for n in names)
-        update = sum(np.square(0.002 * deltas[n]).sum() for n in names)
+        lost = sum(np.square(0.002 * deltas[n] - (after[n] - before[n]))[::16].sum() for n in names)
+        update = sum(np.square(0.002 * deltas[n])[::16].sum() for n in names)
         assert result.survival["unet"] == pytest.approx(1 - (lost / update) ** 0.5, abs=1e-4)
 
 

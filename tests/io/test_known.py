@@ -57,7 +57,7 @@ def test_a_file_in_the_place_of_another_is(old_file: Path, tmp_path: Path) -> No
 def test_a_file_that_was_just_written_is_not_remembered(old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "_SETTLED", 10**12)
     known_digest(old_file)
-    assert known.recall(old_file, old_file.stat()) is None
+    assert known.Known().recall(old_file, old_file.stat()) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', "[" * 100_000])
@@ -93,4 +93,4 @@ def test_only_the_latest_files_are_kept(tmp_path: Path, old_file: Path, monkeypa
     time.sleep(0.02)
     for path in paths:
         known_digest(path)
-    assert [known.recall(path, path.stat()) is not None for path in paths] == [False, True, True]
+    assert [known.Known().recall(path, path.stat()) is not None for path in paths] == [False, True, True]

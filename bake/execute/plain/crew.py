@@ -24,10 +24,10 @@ from bake.errors import UsageError
 from bake.execute.team import Team
 from bake.progress import Progress
 
-_MOST_JOBS = 8192  # that are handed out one by one: their numbers have to fit into a pipe
+_MOST_JOBS = 1024  # that are handed out one by one: their numbers have to fit into the smallest pipe
 _PAUSE = 100  # milliseconds between two looks at the progress
 _PR_SET_PDEATHSIG = 1
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # that bake answers
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # that bake answers
 
 
 class Shift(Protocol):
@@ -182,8 +182,8 @@ def _live(parent: int, shift: _Process, report: int, work: Work) -> NoReturn:
     """The life of a worker's process."""
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:

@@ -28,7 +28,8 @@ _SMALLEST_BLOCK = 64 * 1024
 _BYTES_PER_ELEMENT = 20  # of a block: stored values in and out, the update in float64, and what rounding needs
 _AHEAD = 8  # shares that the system is asked to read before a worker comes to them
 _STORED = ("F16", "BF16", "F32")
-_GPUS = ("nvidia0", "nvidiactl", "kfd", "dxg", "dri", "accel")  # what Linux calls them, in /dev
+_GPUS = ("nvidia0", "nvidiactl", "kfd", "dxg")  # what Linux calls them, in /dev
+_DISPLAYS = "dri"  # which nearly every machine has, there: torch computes on Intel's, if it is built for that
 
 
 def suits(plan: Plan, device: str) -> bool:
@@ -39,7 +40,19 @@ def suits(plan: Plan, device: str) -> bool:
 
 def _may_have_gpu() -> bool:
     """True unless it is known, without asking torch, that there is none."""
-    return not os.path.isdir("/proc/self") or any(os.path.exists(f"/dev/{name}") for name in _GPUS)
+    if not os.path.isdir("/proc/self") or any(os.path.exists(f"/dev/{name}") for name in _GPUS):
+        return True
+    return os.path.exists(f"/dev/{_DISPLAYS}") and _is_built_for_intel()
+
+
+def _is_built_for_intel() -> bool:
+    """True unless it is known that the torch that is installed cannot compute on Intel's GPUs."""
+    from importlib import metadata  # which few need, and is slow to load
+
+    try:
+        return "xpu" in metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return True
 
 
 def _computed(plan: Plan) -> Iterator[TensorPlan]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bake.execute.plain.desk import Desk
 from bake.execute.plain.rounding import UNIT, Floats, narrow_each, settle, widen
-from bake.execute.survival import NOTHING, SAMPLED_ROWS, Survival
+from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.arrays import read_array, stored_dtype, widened
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
@@ -126,7 +126,7 @@ class Sum:
         self, stored: NDArray[Any], update: NDArray[Any], out: NDArray[np.uint16], first: int, desk: Desk
     ) -> Survival:
         """What is left of the update in every 16th row of the tensor."""
-        rows = slice(-first % SAMPLED_ROWS, None, SAMPLED_ROWS)
+        rows = sampled(first)
         source, target = self.plan.source.dtype, self.plan.dtype
         wanted = update[rows].astype(np.float32)
         before, written = np.empty_like(wanted), np.empty_like(wanted)

@@ -85,7 +85,7 @@ class Counted(Silent):
         self.done += count
 
 
-JOBS = [(1, 0), (1, 1), (3, 2), (2, 100), (3, 8192), (2, 8193), (4, 50_000)]
+JOBS = [(1, 0), (1, 1), (3, 2), (2, 100), (3, 1024), (2, 1025), (4, 50_000)]
 
 
 def test_threads_do_every_job_once_and_progress_adds_up() -> None:
@@ -342,7 +342,7 @@ try:
 except UsageError as error:
     print(json.dumps(error.message[:30]))
 """
-    assert answer(program) == ([[0]] if number == signal.SIGINT else "a worker was killed (signal 15")
+    assert answer(program) == [[0]]
 
 
 @linux
@@ -440,4 +440,4 @@ def test_a_failing_team_stops_the_threads() -> None:
 
 
 def test_the_numbers_of_all_shares_fit_into_a_pipe() -> None:
-    assert crew._MOST_JOBS * 4 <= 65536  # its size on Linux; more would wait for readers that do not exist yet
+    assert crew._MOST_JOBS * 4 <= 4096  # the size of the smallest; more would wait for readers that are not there yet

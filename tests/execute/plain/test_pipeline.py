@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ class TestWhatIsDoneWithoutTorch:
         assert not suits(plan, "auto")  # no Linux
         present.add("/proc/self")
         assert suits(plan, "auto")
-        for device in ("/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/accel"):
+        for device in ("/dev/nvidia0", "/dev/dxg", "/dev/kfd"):
             present.add(device)
             assert not suits(plan, "auto")
             present.remove(device)
@@ -227,3 +228,29 @@ class TestWhatIsDoneWithoutTorch:
         plan = build_plan(base, [lora])
         assert not suits(plan, "cpu")
         fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", verify="full")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("devices", "version", "may_have"),
+    [
+        ((), "2.13.0", False),
+        (("dri",), "2.13.0+cpu", False),
+        (("dri",), "2.13.0", False),
+        (("dri",), "2.13.0+xpu", True),
+        (("dri",), None, True),
+        (("nvidia0", "dri"), "2.13.0+cpu", True),
+        (("kfd",), "2.13.0+rocm7", True),
+    ],
+)
+def test_torch_is_asked_for_gpus_only_where_there_may_be_one(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], version: str | None, may_have: bool
+) -> None:
+    def installed(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(os.path, "exists", lambda path: path.removeprefix("/dev/") in devices)
+    monkeypatch.setattr(metadata, "version", installed)
+    assert plain._may_have_gpu() is may_have
