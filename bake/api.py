@@ -13,6 +13,7 @@ from bake import __version__
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
 from bake.execute.engine import Execution, outgrows_memory
+from bake.execute.identity import run_identity
 from bake.execute.task import DEFAULT_MEMORY, Options, Target
 from bake.interrupts import check, finished, uninterrupted
 from bake.io.digest import BackgroundDigests
@@ -20,6 +21,7 @@ from bake.io.draft import Draft
 from bake.io.files import check_exists, copy_file, inputs_only, open_for_writing, write_at, write_file
 from bake.io.fileset import Expected, FileSet
 from bake.io.header import TensorInfo, build_header
+from bake.io.journal import NoJournal, Resumed
 from bake.io.jsontext import parse_object
 from bake.io.known import Digest
 from bake.io.target import check_target, lies_in, refusal_of
@@ -52,6 +54,7 @@ class Result:
     bytes_written: int
     seconds: float
     leftover: bool  # a draft that a killed run had left was replaced
+    resumed: Resumed | None  # what an earlier run had finished; None without `resume`
 
 
 def build_plan(
@@ -117,6 +120,7 @@ def fuse(
     threads: int | None = None,
     verify: Verification = "sample",
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     **what: Any,
 ) -> Result:
@@ -133,6 +137,7 @@ def fuse(
         threads=threads,
         verify=verify,
         overwrite=overwrite,
+        resume=resume,
         progress=progress,
     )
 
@@ -146,12 +151,14 @@ def run_plan(
     threads: int | None = None,
     verify: Verification = "sample",
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Write what `plan` says to `output`: into a draft beside it, verified, then moved into place.
 
     device: auto, cpu, cuda, cuda:N or mps. memory: bytes for buffers. threads: that compute; None for
-    one per core. verify: how much is read back and recomputed before the output appears.
+    one per core. verify: how much is read back and recomputed before the output appears. resume: whatever ends the
+    run early, leave what is finished beside `output`, and go on from what an earlier run of the same plan left so.
     Raises OutputRefused and its kin, NonFinite, InputChanged, VerificationFailed. Whatever is raised,
     the output path is as it was before, unless the message says that the output is complete and in place.
     """
@@ -161,14 +168,15 @@ def run_plan(
     sizes = {file.relative: len(headers[file.relative]) + _data_bytes(file) for file in plan.files}
     place = check_output_path(plan, output, overwrite=overwrite)
     with (
-        Draft(place, sizes, overwrite) as draft,
+        Draft(place, sizes, overwrite, run_identity(plan, device, __version__) if resume else None) as draft,
         EmbeddingFiles(plan, embeddings_folder(Path(output)), overwrite) as beside,
     ):
+        journal = draft.journal or NoJournal()
         targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
         try:
             # The execution comes first: it may copy this process, which threads forbid.
             with (
-                Execution(plan, targets, Options(device, memory, threads), progress) as execution,
+                Execution(plan, targets, Options(device, memory, threads), progress, journal) as execution,
                 BackgroundDigests([source.path for source in plan.inputs] if plan.record else []) as digests,
                 Writeback([target.path for target in targets.values()], forget=outgrows_memory(plan)),
             ):
@@ -190,6 +198,7 @@ def run_plan(
         sum(sizes.values()),
         time.monotonic() - started,
         draft.leftover or beside.leftover,
+        None if draft.journal is None else draft.journal.resumed(draft.started_over),
     )
 
 

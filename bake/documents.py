@@ -36,6 +36,7 @@ def result_document(result: Result) -> dict[str, Any]:
         "clamped": result.clamped,
         "bytes": {"read": input_bytes(result.plan), "written": output_bytes(result.plan)},
         "seconds": round(result.seconds, 3),
+        "resumed": None if result.resumed is None else dataclasses.asdict(result.resumed),
         "verification": None if result.report is None else result.report.to_json(),
     }
 

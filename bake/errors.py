@@ -45,6 +45,9 @@ class BakeError(Exception):
         self.message = message
         self.details = details
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class UsageError(BakeError):
     """The request cannot be meant as it is written."""

@@ -13,8 +13,10 @@ from typing import NoReturn
 # Signals that ask a program to end, as far as this system has them.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-# Outputs that this process has put into their places.
+# Outputs that this process has put into their places, and those of which it left a draft to go on with.
 finished: list[Path] = []
+kept: list[Path] = []
+RESUMABLE = "what is finished is kept: the same command with --resume goes on from there"
 
 _arrived: list[int] = []  # signals that on_signal has answered
 
@@ -48,9 +50,10 @@ def check() -> None:
 
 
 def forget() -> None:
-    """Begin anew: no signal has come, nothing is finished."""
+    """Begin anew: no signal has come, nothing is finished or kept."""
     _arrived.clear()
     finished.clear()
+    kept.clear()
 
 
 @contextmanager

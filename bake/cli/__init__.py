@@ -18,7 +18,7 @@ import click
 from bake import __version__
 from bake.cli.text import printable
 from bake.errors import BakeError, Interrupted, OutputRefused, UsageError
-from bake.interrupts import Stopped, check, finished, forget, listen, on_signal
+from bake.interrupts import RESUMABLE, Stopped, check, finished, forget, kept, listen, on_signal
 
 # name -> module; `bake --help` lists them in this order
 COMMANDS = {
@@ -76,7 +76,9 @@ def cli() -> None:
 
 def _fate() -> str:
     """What became of the output of an interrupted run."""
-    return f"{finished[-1]} is complete" if finished else "the output is as it was before"
+    if finished:
+        return f"{finished[-1]} is complete"
+    return f"the output is as it was before{f'; {RESUMABLE}' if kept else ''}"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -31,6 +31,12 @@ from bake.cli.request import make_plan
     show_default=True,
     help="How much is read back and recomputed in float64 before the output appears.",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="If the run ends early, however it does, keep what is finished; if an earlier run with --resume left "
+    "something that fits, go on from there. Costs one SHA-256 pass over the output.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as 'bake plan' does.")
 @output_options
 def command(
@@ -41,6 +47,7 @@ def command(
     threads: int | None,
     overwrite: bool,
     verify: api.Verification,
+    resume: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -71,6 +78,7 @@ def command(
             threads=threads,
             verify=verify,
             overwrite=overwrite,
+            resume=resume,
             progress=progress,
         )
     out.show_result(result)

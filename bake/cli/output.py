@@ -82,8 +82,7 @@ class Output:
                 self.line("clamped", f"{_component_label(name, result.plan)}: {count} elements, most in {worst}")
             if result.report is not None:
                 self.line("verified", _verdict(result.report))
-        if result.leftover:
-            self.warn(f"a draft that a killed run had left beside {result.output} was replaced")
+        self._show_leftovers(result)
         for name, tensors in result.clamped.items():
             self.warn(
                 f"{sum(tensors.values())} elements of {name} are beyond the largest number of their dtype, which was "
@@ -95,6 +94,18 @@ class Output:
                     f"only {_percent(share)} of the update of {name} survived the rounding: it is too small for the "
                     f"dtype. {_advice(result.plan)}"
                 )
+
+    def _show_leftovers(self, result: Result) -> None:
+        """What became of what an earlier run had left."""
+        resumed = result.resumed
+        if resumed is not None and resumed.started_over is not None:
+            self.warn(f"what was left of {result.output} could not be gone on with: {resumed.started_over}")
+        elif result.leftover:
+            self.warn(f"a draft that a killed run had left beside {result.output} was replaced")
+        if resumed is not None and resumed.spans + resumed.redone and not self.quiet:
+            total = format_bytes(result.plan.data_bytes)
+            again = f"; {resumed.redone} spans were not, and were written again" if resumed.redone else ""
+            click.echo(f"resumed: {format_bytes(resumed.bytes)} of {total} were there and correct{again}", err=True)
 
     def show_report(self, output: Path, report: Report) -> None:
         """What a verification found."""

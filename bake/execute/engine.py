@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from bake.execute.survival import NOTHING, Survival
 from bake.execute.task import Measured, Options, Target, Task
 from bake.garbage import without_collecting
-from bake.io.files import copy_range, open_for_writing, write_at
+from bake.io.files import COPY_PIECE, copy_range, open_for_writing, write_at
 from bake.io.fileset import Expected, FileSet
+from bake.io.journal import NoJournal, Span
 from bake.io.tensorfile import TensorFile
 from bake.plan.model import FilePlan, Plan
 from bake.progress import Progress
@@ -37,10 +38,15 @@ class Execution:
     Leaving the block ends them.
     """
 
-    def __init__(self, plan: Plan, targets: Mapping[str, Target], options: Options, progress: Progress) -> None:
-        """Begin, if that does not need torch. Raises InputError for a file that is no longer what was planned."""
+    def __init__(
+        self, plan: Plan, targets: Mapping[str, Target], options: Options, progress: Progress, journal: NoJournal
+    ) -> None:
+        """Begin, if that does not need torch. Raises InputError for a file that is no longer what was planned.
+
+        journal: what is finished already, and where it is noted what else is.
+        """
         files = FileSet([Expected(source.path, source.size, source.modified) for source in plan.inputs])
-        self._task = Task(plan, targets, files, options, progress, outgrows_memory(plan))
+        self._task = Task(plan, targets, files, options, progress, outgrows_memory(plan), journal)
         self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
         self._plain: PlainRun | None = None
         if self._computes:
@@ -95,7 +101,7 @@ class Execution:
 def _shares(found: list[tuple[str, Survival]], by_chance: bool) -> dict[str, float]:
     """What survived of the updates of each component. by_chance: they were rounded so."""
     sums: dict[str, Survival] = {}
-    for component, survival in found:
+    for component, survival in sorted(found, key=lambda each: each[1].numbers):  # whoever came first
         sums[component] = sums.get(component, NOTHING) + survival
     shares = {component: each.mean_share if by_chance else each.share for component, each in sorted(sums.items())}
     return {component: share for component, share in shares.items() if share is not None}
@@ -112,7 +118,15 @@ def _copy_untouched(task: Task) -> None:
         try:
             for place, begin, end, offset in _copied_spans(file):
                 with task.files.using(place) as source:
-                    _copy_span(source, begin, end, output, target.data_start + offset, copied)
+                    for first in range(begin, end, COPY_PIECE):
+                        last = min(end, first + COPY_PIECE)
+                        start = target.data_start + offset + first - begin
+                        span = Span(file.relative, start, start + last - first)
+                        if task.journal.recall(span, output) is not None:
+                            copied(last - first)
+                            continue
+                        _copy_span(source, first, last, output, start, copied)
+                        task.journal.note_copied(span, output)
                     if task.forgets:
                         source.forget(begin, end)
             for tensor in file.tensors:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bake.dtypes import DTYPES
 from bake.io.fileset import FileSet
+from bake.io.journal import Span
 from bake.keys.factors import as_matrix
 from bake.plan.model import Plan, TensorPlan
 
@@ -19,6 +21,12 @@ class Part:
     tensor: TensorPlan
     relative: str  # output file it belongs to
     rows: range
+
+    def span(self, data_start: int) -> Span:
+        """Where these rows lie in the output file, whose data section begins at byte `data_start`."""
+        row = as_matrix(self.tensor.view)[1] * DTYPES[self.tensor.dtype].bits // 8  # bytes
+        begin = data_start + self.tensor.span[0]
+        return Span(self.relative, begin + self.rows.start * row, begin + self.rows.stop * row)
 
     def prefetch(self, files: FileSet) -> None:
         """Ask the system to have what is needed for it in memory soon."""

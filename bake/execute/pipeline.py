@@ -158,10 +158,12 @@ class Pipeline:
     def _work(self, device: Device) -> None:
         with Worker(self._task, device, self._elements) as worker, device.open_lane():
             while (job := self._agenda.next()) is not None:
-                work = self._ready(job, device)
-                survival = worker.carry(work, job.part.relative, job.part.rows)
-                if job.scale is not None and isinstance(work, Rescaled):
-                    worker.store(work.scale_bytes, job.part.relative, job.scale)
+                survival = worker.recall(job.part, job.scale)
+                if survival is None:
+                    work = self._ready(job, device)
+                    if job.scale is not None and isinstance(work, Rescaled):
+                        worker.store(work.scale_bytes, job.part.relative, job.scale)
+                    survival = worker.carry(work, job.part)
                 job.shared.done()
                 self._count(job.part.tensor, survival)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SAMPLED_ROWS = 16  # every 16th row of a tensor is used to measure what survived the rounding
@@ -16,8 +17,8 @@ def sampled(first: int) -> slice:
 class Survival:
     """How much of an update is left after rounding, as sums of squares and of products."""
 
-    update: float
-    lost: float
+    update: float = 0.0
+    lost: float = 0.0
     along: float = 0.0  # what was written, times the update
     clamped: int = 0  # elements beyond the largest 8-bit number, which stands for them
 
@@ -30,6 +31,17 @@ class Survival:
         )
 
     @property
+    def numbers(self) -> tuple[float, float, float, int]:
+        """All of it, in order, to be stored."""
+        return (self.update, self.lost, self.along, self.clamped)
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> Survival:
+        """The inverse of `numbers`; what is missing is 0."""
+        update, lost, along, clamped = (*numbers, 0.0, 0.0, 0.0, 0.0)[:4]
+        return cls(update, lost, along, int(clamped))
+
+    @property
     def share(self) -> float | None:
         """1 - |lost| / |update|; None where nothing was to be added."""
         return None if self.update == 0 else max(0.0, 1.0 - (self.lost / self.update) ** 0.5)
@@ -40,4 +52,4 @@ class Survival:
         return None if self.update == 0 else max(0.0, 1.0 - abs(1.0 - self.along / self.update))
 
 
-NOTHING = Survival(0.0, 0.0)
+NOTHING = Survival()

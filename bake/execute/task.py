@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bake.execute.team import Team
 from bake.io.fileset import FileSet
+from bake.io.journal import NoJournal
 from bake.plan.model import Plan
 from bake.progress import Progress
 
@@ -52,4 +53,5 @@ class Task:
     options: Options
     progress: Progress
     forgets: bool = False  # what was read shall not stay in memory
+    journal: NoJournal = field(default_factory=NoJournal)  # of what is finished
     team: Team = field(default_factory=Team)

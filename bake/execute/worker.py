@@ -12,9 +12,11 @@ from bake.errors import UsageError
 from bake.execute.chunk import Chunk, chunk_height
 from bake.execute.compute import Work
 from bake.execute.device import Desk, Device
+from bake.execute.parts import Part
 from bake.execute.survival import NOTHING, Survival
 from bake.execute.task import Task
 from bake.io.files import open_for_writing, write_at
+from bake.io.journal import Digest, Span
 from bake.io.payload import as_bytes, read_padded
 from bake.keys.factors import as_matrix
 from bake.plan.model import TensorPlan
@@ -39,21 +41,33 @@ class Worker:
     ) -> None:
         self._close()
 
-    def carry(self, work: Work, relative: str, rows: range) -> Survival:
-        """Finish these rows of the tensor that `work` is for, in the output file `relative`; what survived of them."""
-        self._open(relative)
-        columns, survival = as_matrix(work.plan.view)[1], NOTHING
+    def recall(self, part: Part, scale: TensorPlan | None) -> Survival | None:
+        """What survived of a part that an earlier run finished, with the `scale` it is to see to; None: it is to do."""
+        self._open(part.relative)
+        spans = [part.span(self._data_start), *([] if scale is None else [self._span(part.relative, scale)])]
+        found = [self._task.journal.recall(span, self._output) for span in spans]
+        if found[0] is None or None in found:
+            return None
+        self._task.progress.advance(sum(span.end - span.begin for span in spans))
+        return Survival.from_numbers(found[0])
+
+    def carry(self, work: Work, part: Part) -> Survival:
+        """Finish rows of the tensor that `work` is for; what survived of them."""
+        self._open(part.relative)
+        digest = self._task.journal.digest()
+        columns, survival, rows = as_matrix(work.plan.view)[1], NOTHING, part.rows
         height = chunk_height(columns, self._elements if work.has_free_grid else None)
         first = rows.start
         while first < rows.stop:
             self._task.team.check()
             chunk = Chunk(first, min(rows.stop, first + height), columns)
             try:
-                survival += self._pass(work, chunk)
+                survival += self._pass(work, chunk, digest)
             except torch.OutOfMemoryError:
                 height = self._with_less(work, chunk)
             else:
                 first = chunk.last
+        self._task.journal.note(part.span(self._data_start), digest, survival.numbers)
         return survival
 
     def _with_less(self, work: Work, chunk: Chunk) -> int:
@@ -72,8 +86,14 @@ class Worker:
     def store(self, data: memoryview, relative: str, tensor: TensorPlan) -> None:
         """Write the whole of a tensor of the output file `relative`."""
         self._open(relative)
-        write_at(self._output, data, self._data_start + tensor.span[0])
+        span, digest = self._span(relative, tensor), self._task.journal.digest()
+        write_at(self._output, data, span.begin)
+        digest.update(data)
+        self._task.journal.note(span, digest)
         self._task.progress.advance(len(data))
+
+    def _span(self, relative: str, tensor: TensorPlan) -> Span:
+        return Span(relative, self._data_start + tensor.span[0], self._data_start + tensor.span[1])
 
     def _open(self, relative: str) -> None:
         if relative != self._relative:
@@ -86,7 +106,7 @@ class Worker:
             os.close(self._output)
             self._relative = None
 
-    def _pass(self, work: Work, chunk: Chunk) -> Survival:
+    def _pass(self, work: Work, chunk: Chunk, digest: Digest) -> Survival:
         plan, device = work.plan, work.device
         desk = self._desks.setdefault(device.torch, Desk(device))
         shape = (chunk.last - chunk.first, chunk.columns)
@@ -105,6 +125,7 @@ class Worker:
         data = as_bytes(finished)
         size = finished.element_size()
         write_at(self._output, data, self._data_start + plan.span[0] + chunk.first * chunk.columns * size)
+        digest.update(data)
         self._task.progress.advance(len(data))
         return survival
 

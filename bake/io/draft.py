@@ -1,7 +1,8 @@
 """An output is written beside its place and moved there when it is whole: the old file, or the new one.
 
 The draft of OUT is `.OUT.bake-draft`. Its name is fixed and it is locked while a run writes it, so a
-second run on the same output is told, and what `kill -9` left behind is found and removed.
+second run on the same output is told, and what `kill -9` left behind is found and removed; or gone on with, if
+both runs keep a journal and are the same.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from bake.errors import BakeError, OutputBusy, OutputExists, OutputRefused
-from bake.interrupts import uninterrupted
+from bake.errors import BakeError, InputChanged, NonFinite, OutputBusy, OutputExists, OutputRefused, VerificationFailed
+from bake.interrupts import RESUMABLE, kept, uninterrupted
+from bake.io.journal import Journal
 from bake.io.moves import exchange, remove, rename_new, sync_file, sync_folder
-from bake.io.target import aside_of, draft_of, is_taken, refusal_of
+from bake.io.target import aside_of, draft_of, is_taken, journal_of, refusal_of
 
 try:
     import fcntl
@@ -28,25 +31,35 @@ else:
 
 # What a rename answers if there is something where nothing should be.
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+# Refusals after which there is nothing to go on with: they would come again, or the draft is not what it should be.
+_FINAL = (NonFinite, InputChanged, VerificationFailed)
 
 
 class Draft:
-    """The output under construction: `publish` moves it into place, leaving the block otherwise removes it."""
+    """The output under construction: `publish` moves it into place, leaving the block otherwise removes it.
 
-    def __init__(self, place: Path, sizes: Mapping[str, int], overwrite: bool = False) -> None:
+    With a journal it is left for another run to go on with, unless that would be in vain.
+    """
+
+    def __init__(
+        self, place: Path, sizes: Mapping[str, int], overwrite: bool = False, run: Mapping[str, Any] | None = None
+    ) -> None:
         """Nothing is created before the block is entered.
 
         place: as `check_target` gave it. sizes: bytes by relative path; {"": n} for a single file.
-        overwrite: what is in the place when the draft is published may be replaced.
+        overwrite: what is in the place when the draft is published may be replaced. run: see `Journal`; None: there
+        is to be none.
         """
         self.place = place
         self.path = draft_of(place)
         self.is_folder = "" not in sizes
+        self.journal = None if run is None else Journal(journal_of(place), run)
+        self.started_over: str | None = None  # why the draft of an earlier run is not gone on with
         self.leftover = False  # something that a killed run had left was removed
         self.is_published = False
         self.has_replaced = False  # published where something was
         self._sizes, self._overwrite = dict(sizes), overwrite
-        self._is_sealed = False
+        self._is_sealed = self._is_resumed = False
         self._lock = -1
 
     def __enter__(self) -> Draft:
@@ -61,8 +74,12 @@ class Draft:
                 self._tidy()
             if not self._overwrite and is_taken(self.place):
                 raise self._taken()
+            if self._is_resumed:
+                self._strip()
             for relative, size in self._sizes.items():
                 self._create(relative, size)
+            if self.journal is not None and not self._is_resumed:
+                self.journal.start(os.fstat(self._lock).st_ino)
         except BaseException as error:
             refusal = refusal_of(error, self.place) if isinstance(error, OSError) else error
             self.__exit__(type(refusal), refusal, None)
@@ -80,6 +97,8 @@ class Draft:
             if made is None and not _CAN_LOCK:
                 remove(self.path)  # Windows removes nothing that a run has open
                 self.leftover = True
+                if self.journal is not None:
+                    self.started_over = "this system cannot tell whether a run is at work on it"
                 continue
             descriptor = _open_found(self.path) if made is None else made
             if descriptor is None:
@@ -100,8 +119,8 @@ class Draft:
     def _owns(self, descriptor: int, is_new: bool) -> bool:
         """True if the draft that is open is ours, and locked; False if its name is free now.
 
-        A draft that is found and that nobody has locked is what a killed run left. It is removed rather than
-        written into: it may have another name.
+        A draft that is found and that nobody has locked is what a killed run left. Unless it is one to go on with, it
+        is removed rather than written into: it may have another name.
         """
         is_locked = _lock(descriptor)
         if is_locked is False:
@@ -116,12 +135,35 @@ class Draft:
                 f"has no locks to tell. Remove that if no bake is running.",
                 path=str(self.place),
             )
+        if self.journal is not None:
+            self.started_over = self._why_not(os.fstat(descriptor), self.journal)
+            if self.started_over is None:
+                self._is_resumed = True
+                return True
         remove(self.path)
         self.leftover = True
         return False
 
+    def _why_not(self, found: os.stat_result, journal: Journal) -> str | None:
+        """Why the draft that was found cannot be gone on with; None if it can."""
+        is_ours = stat.S_ISDIR(found.st_mode) if self.is_folder else _is_sole(found)
+        return journal.load(found.st_ino) if is_ours else "it is no file of its own"
+
+    def _strip(self) -> None:
+        """Leave of a folder that is gone on with only the weight files."""
+        for path in self.path.rglob("*") if self.is_folder else ():
+            status = path.lstat()
+            is_kept = path.relative_to(self.path).as_posix() in self._sizes and _is_sole(status)
+            if not (is_kept or stat.S_ISDIR(status.st_mode)):
+                path.unlink()
+
     def _tidy(self) -> None:
-        """Put back, or remove, the old folder that a run set aside and was killed."""
+        """Put back, or remove, the old folder that a run set aside and was killed; remove a journal without draft."""
+        journal = journal_of(self.place)
+        if not self._is_resumed and os.path.lexists(journal):
+            remove(journal)
+            if self.journal is not None:
+                self.started_over = self.started_over or "its draft is gone"
         aside = aside_of(self.place)
         if not self.is_folder or not os.path.lexists(aside):
             return
@@ -133,15 +175,22 @@ class Draft:
 
     def _create(self, relative: str, size: int) -> None:
         if not self.is_folder:
-            _reserve(self._lock, size)
+            self._fit(self._lock, size)
             return
         path = self.file(relative)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_new(path)
+        descriptor = _open_found(path) if self._is_resumed else None
+        if descriptor is None:
+            descriptor = _open_new(path)
         try:
-            _reserve(descriptor, size)
+            self._fit(descriptor, size)
         finally:
             os.close(descriptor)
+
+    def _fit(self, descriptor: int, size: int) -> None:
+        if self._is_resumed:
+            os.ftruncate(descriptor, size)  # it may be longer
+        _reserve(descriptor, size)
 
     def seal(self) -> None:
         """Bring all of the draft to the disk. Raises OutputRefused if the disk refuses."""
@@ -172,6 +221,8 @@ class Draft:
             self.is_published = True
             try:
                 sync_folder(self.place.parent)
+                if self.journal is not None:
+                    self.journal.remove()
                 if old is not None:
                     remove(old)
             except OSError as error:
@@ -209,8 +260,16 @@ class Draft:
                     if not _CAN_LOCK:
                         self._release()
                     remove(self.path)
+                    if self.journal is not None:
+                        self.journal.remove()
             finally:
                 self._release()
+
+    def _is_kept(self, error: BaseException | None) -> bool:
+        """True if what is finished can be gone on with after that error."""
+        is_ours = self._lock >= 0 and not self.is_published
+        is_in_vain = error is None or isinstance(error, _FINAL)
+        return self.journal is not None and is_ours and not is_in_vain and self.journal.has_spans
 
     def _release(self) -> None:
         if self._lock >= 0:
@@ -226,6 +285,12 @@ class Draft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._is_kept(error):
+            self._release()
+            kept.append(self.place)
+            if isinstance(error, BakeError):
+                error.message += f"; {RESUMABLE}"
+            return
         try:
             self.discard()
         except OSError as failure:
@@ -271,6 +336,11 @@ def _open_found(path: Path) -> int | None:
         return os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
+
+
+def _is_sole(status: os.stat_result) -> bool:
+    """True for a regular file that has no other name."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -15,6 +15,7 @@ from bake.io.neighbours import neighbour
 from bake.sizes import format_bytes
 
 _DRAFT_SUFFIX = ".bake-draft"
+_JOURNAL_SUFFIX = ".bake-journal"
 _ASIDE_SUFFIX = ".bake-old"
 _MODEL_FILES = ("model_index.json", "config.json")
 
@@ -22,6 +23,11 @@ _MODEL_FILES = ("model_index.json", "config.json")
 def draft_of(place: Path) -> Path:
     """Where the output at `place` is under construction."""
     return neighbour(place, _DRAFT_SUFFIX)
+
+
+def journal_of(place: Path) -> Path:
+    """Where it is noted what is finished of that draft, if somebody is to go on with it."""
+    return place.with_name(f".{place.name}{_JOURNAL_SUFFIX}")
 
 
 def aside_of(place: Path) -> Path:

@@ -19,6 +19,7 @@ from bake.execute.survival import NOTHING, Survival
 from bake.execute.task import MANY_FILES, MAX_WORKERS, Task
 from bake.io.arrays import as_bytes, stored_dtype
 from bake.io.files import open_for_writing, write_at
+from bake.io.journal import Digest
 from bake.keys.factors import as_matrix
 from bake.plan.model import Plan, TensorPlan
 
@@ -136,7 +137,7 @@ class _Worker:
         self._task, self._shift, self._elements = task, shift, elements
         self._desk = Desk()
         self._relative: str | None = None  # the output file that is open
-        self._output = -1
+        self._output = self._data_start = -1  # its descriptor, and where its data section begins
 
     def __enter__(self) -> _Worker:
         return self
@@ -149,17 +150,24 @@ class _Worker:
     def carry(self, part: Part) -> Survival:
         """Finish these rows of their tensor; what survived of their update. Raises TooLarge."""
         self._open(part.relative)
+        journal, span = self._task.journal, part.span(self._data_start)
+        measured = journal.recall(span, self._output)
+        if measured is not None:
+            self._shift.advance(span.end - span.begin)
+            return Survival.from_numbers(measured)
+        digest = journal.digest()
         work = Sum(part.tensor, self._task.files, self._task.plan.rounding == "fast")
         columns, survival = as_matrix(part.tensor.view)[1], NOTHING
         first, elements = part.rows.start, _SMALLEST_BLOCK  # from which the work learns which way is cheaper
         while first < part.rows.stop:
             self._shift.check()
             height = min(part.rows.stop - first, max(1, elements // max(1, columns)))
-            survival += self._pass(part.tensor, work, first, (height, columns))
+            survival += self._pass(part.tensor, work, first, (height, columns), digest)
             first, elements = first + height, self._elements
+        journal.note(span, digest, survival.numbers)
         return survival
 
-    def _pass(self, tensor: TensorPlan, work: Sum, first: int, shape: tuple[int, int]) -> Survival:
+    def _pass(self, tensor: TensorPlan, work: Sum, first: int, shape: tuple[int, int], digest: Digest) -> Survival:
         """Read, compute and write the rows from `first` on."""
         source = tensor.source
         stored = self._desk.array("stored", stored_dtype(source.dtype), shape)
@@ -171,8 +179,9 @@ class _Worker:
             if self._task.forgets:
                 file.forget(begin, begin + len(data))
         survival = work.fuse(stored, finished, first, self._desk)
-        data_start = self._task.targets[self._relative or ""].data_start
-        write_at(self._output, as_bytes(finished), data_start + tensor.span[0] + first * shape[1] * finished.itemsize)
+        written = as_bytes(finished)
+        write_at(self._output, written, self._data_start + tensor.span[0] + first * shape[1] * finished.itemsize)
+        digest.update(written)
         self._shift.advance(finished.nbytes)
         return survival
 
@@ -180,7 +189,7 @@ class _Worker:
         if relative != self._relative:
             self._close()
             self._output = open_for_writing(self._task.targets[relative].path)
-            self._relative = relative
+            self._relative, self._data_start = relative, self._task.targets[relative].data_start
 
     def _close(self) -> None:
         if self._relative is not None:
