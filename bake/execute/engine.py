@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -116,19 +116,17 @@ def _copy_untouched(task: Task) -> None:
         target = task.targets[file.relative]
         output = open_for_writing(target.path)
         try:
-            for place, begin, end, offset in _copied_spans(file):
+            for place, begin, end, offset in _pieces(_copied_spans(file)):
+                start = target.data_start + offset
+                span = Span(file.relative, start, start + end - begin)
+                if task.journal.recall(span, output) is not None:
+                    copied(end - begin)
+                    continue
                 with task.files.using(place) as source:
-                    for first in range(begin, end, COPY_PIECE):
-                        last = min(end, first + COPY_PIECE)
-                        start = target.data_start + offset + first - begin
-                        span = Span(file.relative, start, start + last - first)
-                        if task.journal.recall(span, output) is not None:
-                            copied(last - first)
-                            continue
-                        _copy_span(source, first, last, output, start, copied)
-                        task.journal.note_copied(span, output)
+                    _copy_span(source, begin, end, output, start, copied)
                     if task.forgets:
                         source.forget(begin, end)
+                task.journal.note_copied(span, output)
             for tensor in file.tensors:
                 if tensor.content is not None:
                     content = memoryview(tensor.content.encode())
@@ -140,6 +138,13 @@ def _copy_untouched(task: Task) -> None:
                     copied(write_appended(tensor, task.files, output, target.data_start))
         finally:
             os.close(output)
+
+
+def _pieces(spans: Iterable[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, int]]:
+    """The same byte ranges in pieces that are not too much to copy again."""
+    for place, begin, end, offset in spans:
+        for first in range(begin, end, COPY_PIECE):
+            yield place, first, min(end, first + COPY_PIECE), offset + first - begin
 
 
 def _copied_spans(file: FilePlan) -> Iterator[tuple[int, int, int, int]]:
