@@ -1,0 +1,139 @@
+"""What the methods on task vectors leave out of each model's difference from the base before they add them up.
+
+magnitude    keep the `density` share of largest magnitudes (TIES, arXiv:2306.01708)
+outliers     leave out the `gamma` share of largest ones, then the smallest until `density` is left (arXiv:2312.06795)
+random       keep each with a chance of `density` (DARE, arXiv:2311.03099)
+ranked       keep each with a chance by its rank in its row, density - epsilon to density + epsilon (DELLA,
+             arXiv:2406.11617)
+
+Equal magnitudes are kept or left out together, and in a row have the same chance: which of them a sort happens to put
+first says nothing. mergekit (sparsify.py) keeps an exact number, and leaves to chance which of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bake.merges.chances import uniform
+from bake.merges.merge import Chunk, Job, Survey
+from bake.merges.ranks import Ranks
+
+
+class Trim(ABC):
+    """Of every model of the last role, `density` of what makes it differ from the base."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        """count: elements of the tensor."""
+        self.job = job
+        self.count = count
+        self.densities = job.numbers("density")
+        self.kept = [max(1, int(density * count)) for density in self.densities]
+
+    def passes(self) -> Iterator[Survey]:
+        """What it has to know beforehand."""
+        return iter(())
+
+    def apply(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        """(what is left of the change that model `place` makes, the chance that each element had to be kept)."""
+        if self.densities[place] == 1:
+            return change, 1.0
+        is_kept, chance = self.choose(place, change, chunk)
+        return torch.where(is_kept, change, 0.0), chance
+
+    @abstractmethod
+    def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        """(which elements are kept, the chance they had), for a density below 1."""
+
+
+class Everything(Trim):
+    """No trimming at all: for methods that have no density."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        self.job = job
+
+    def apply(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        return change, 1.0
+
+    def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        raise NotImplementedError  # nothing ever has to be chosen
+
+
+class Magnitude(Trim):
+    """By magnitude, within limits that a search finds."""
+
+    def passes(self) -> Iterator[Survey]:
+        wanted = []
+        for place in self._trimmed():
+            first, last = self.ends(place)
+            keys = partial(_sizes, place)
+            wanted += [(keys, first), (keys, last)]
+        ranks = Ranks(wanted)
+        yield from ranks.passes()
+        limits = iter(ranks.found)
+        self._limits = {place: (next(limits), next(limits)) for place in self._trimmed()}
+
+    def _trimmed(self) -> list[int]:
+        return [place for place, density in enumerate(self.densities) if density < 1]
+
+    def ends(self, place: int) -> tuple[int, int]:
+        """The ranks of the smallest and of the largest magnitude that are kept."""
+        return self.count - self.kept[place], self.count - 1
+
+    def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        low, high = self._limits[place]
+        size = change.abs()
+        return (size >= low) & (size <= high), 1.0
+
+
+class Outliers(Magnitude):
+    """By magnitude, without the largest."""
+
+    def ends(self, place: int) -> tuple[int, int]:
+        largest = int(self.job.numbers("gamma")[place] * self.count)
+        first = max(0, self.count - self.kept[place] - largest)
+        return first, first + self.kept[place] - 1
+
+
+class Random(Trim):
+    """By chance."""
+
+    def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        density = self.densities[place]
+        return uniform(self.job, chunk, place) < density, density
+
+
+class Ranked(Trim):
+    """By chance, the larger ones of a row with a better one."""
+
+    def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        epsilon = self.job.numbers("epsilon")[place]
+        chance = ranks(change.abs()) * (2 * epsilon) + (self.densities[place] - epsilon)
+        return uniform(self.job, chunk, place) < chance, chance
+
+
+def ranks(sizes: Tensor) -> Tensor:
+    """The rank of each number in its row, from 0 for the smallest to 1; equal ones have the mean of theirs."""
+    if sizes.shape[1] == 1:
+        return torch.full_like(sizes, 0.5)
+    ordered = sizes.sort(dim=1).values
+    below = torch.searchsorted(ordered, sizes)
+    up_to = torch.searchsorted(ordered, sizes, right=True)
+    return (below + up_to - 1).to(sizes.dtype) / (2 * (sizes.shape[1] - 1))
+
+
+def _sizes(place: int, chunk: Chunk) -> Tensor:
+    return (chunk.models[place + 1] - chunk.models[0]).abs()
+
+
+TRIMS: dict[str, type[Trim]] = {
+    "none": Everything,
+    "magnitude": Magnitude,
+    "outliers": Outliers,
+    "random": Random,
+    "ranked": Ranked,
+}
