@@ -22,6 +22,5 @@ class GeometricSum(Merge):
         alpha = self.job.number("alpha")
         size = power(a.abs(), 1 - alpha) * power(b.abs(), alpha)
         # The angle of a negative number is pi; a power multiplies it, and angles of factors add up.
-        of_a = torch.where(b < 0, -1.0, math.cos(math.pi * (1 - alpha)))
-        of_b = torch.where(b < 0, math.cos(math.pi * alpha), 1.0)
-        return size * torch.where(a < 0, of_a, of_b)
+        both, only_a, only_b = -size, size * math.cos(math.pi * (1 - alpha)), size * math.cos(math.pi * alpha)
+        return torch.where(a < 0, torch.where(b < 0, both, only_a), torch.where(b < 0, only_b, size))

@@ -14,9 +14,9 @@ extremes have no order, and everything else is one IEEE operation in float64 aft
 maths of this folder avoids operations that may be fused or depend on an element's place in a buffer: `lerp`,
 `addcmul`, `add(alpha=)`, `sum`, `pow`.
 
-Tensors of integers or bools, of no or one element (markers) are never merged:
-the planner copies them. Weights that leave one model as it is are found by `Method.alone`, so that its bytes are
-copied. Whoever reads the models refuses NaN and infinity: a vote, say, would leave them out without a word.
+Tensors of integers or bools, and those of one element or none (markers), are never merged: the planner copies them.
+Values that leave one model as it is are found by `Method.alone`, so that its bytes are copied. Whoever reads the models
+refuses NaN and infinity: a vote, say, would leave them out without a word.
 """
 
 from __future__ import annotations

@@ -81,10 +81,11 @@ class _Search:
                 self._candidates.append(candidates)
             return
         digits = (bits >> self._shift) & ((1 << _DIGIT) - 1)
-        counts = torch.bincount(digits, minlength=1 << _DIGIT).cpu()
+        first = int(digits.min())
+        counts = torch.bincount(digits - first).cpu()
         extremes = [int(bits.min()), int(bits.max())]
         with self._lock:
-            self._counts += counts
+            self._counts[first : first + len(counts)] += counts
             self._extremes += extremes
 
     def narrow(self) -> None:

@@ -71,7 +71,7 @@ def agreed(changes: list[Tensor], weights: tuple[float, ...], values: Values) ->
     for change, weight in zip(changes, weights, strict=True):
         is_counted = change.sign() == sign
         total += torch.where(is_counted, change, 0.0)
-        divisor += torch.where(is_counted, weight, 0.0)
+        divisor += is_counted.to(change.dtype) * weight
     return total / torch.where(divisor == 0, 1.0, divisor) if values["normalize"] else total
 
 

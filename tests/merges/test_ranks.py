@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bake.merges import ranks
@@ -31,6 +31,7 @@ def search(values: torch.Tensor, wanted: list[int], step: int) -> tuple[list[flo
 NUMBERS = st.floats(0, allow_nan=False, allow_infinity=True) | st.sampled_from([0.0, 1.0, 0.5, 5e-324])
 
 
+@settings(max_examples=40)
 @given(st.lists(NUMBERS, min_size=1, max_size=60), st.integers(1, 20), st.sampled_from([0, 2, 10**6]), st.data())
 def test_numbers_of_a_rank_are_those_of_a_sort(numbers: list[float], step: int, few: int, data: st.DataObject) -> None:
     wanted = data.draw(st.lists(st.integers(0, len(numbers) - 1), min_size=1, max_size=3))
