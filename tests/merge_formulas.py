@@ -1,4 +1,4 @@
-"""The definition of every merge method in plain NumPy, tensors at once, written from the papers and the peers' formulas.
+"""The definition of every merge method in plain NumPy, written from the papers and the formulas of the peers.
 
 Nothing here knows how bake computes: means are iterated on whole tensors, quantiles are taken of sorted ones, filters
 are sums over neighbours. Each takes the models and the values of the parameters by name.
@@ -260,7 +260,7 @@ def nuslerp(models: Sequence[Array], weight: Sequence[float], along: str = "tens
 
 
 def multislerp(
-    models: Sequence[Array], weight: Sequence[float], normalize: bool = True, with_base: bool = False
+    models: Sequence[Array], weight: Sequence[float] = (1, 1, 1), normalize: bool = True, with_base: bool = False
 ) -> Array:
     """mergekit's steps, with the one that comes to nothing."""
     if with_base:

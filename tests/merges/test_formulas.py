@@ -10,6 +10,11 @@ from merging import GIVEN, SHAPES, count_of, merge, models_for
 from bake.merges import METHODS
 
 
+# Where the sum of distances is smallest it is flat, so half of the digits are those of the last step's rounding.
+# Rotations of few rows are poorly determined where the models say little.
+TOLERANCES = {"geometric_median": 1e-7, "rotate": 1e-9, "karcher": 1e-9}
+
+
 def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-12) -> None:
     assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
@@ -28,8 +33,7 @@ def test_method_is_its_formula(name: str, shape: tuple[int, ...]) -> None:
         models = models_for(2, shape[::-1])  # the definition is that of tall matrices
     if name == "rotate" and len(shape) == 4 and shape[2] == 1:
         return
-    # Rotations of few rows are poorly determined where the models say little.
-    close(merge(name, models), FORMULAS[name](models, **given), 1e-9 if name in ("rotate", "karcher") else 1e-12)
+    close(merge(name, models), FORMULAS[name](models, **given), TOLERANCES.get(name, 1e-12))
 
 
 OTHERS: list[tuple[str, dict[str, object]]] = [
@@ -68,7 +72,7 @@ OTHERS: list[tuple[str, dict[str, object]]] = [
 def test_the_same_for_other_values(name: str, given: dict[str, object]) -> None:
     for shape in ((9, 5), (12, 4, 3, 3)):
         models = models_for(count_of(name), shape, seed=5, apart=1.0)
-        close(merge(name, models, given), FORMULAS[name](models, **given), 1e-8 if name == "rotate" else 1e-11)
+        close(merge(name, models, given), FORMULAS[name](models, **given), max(1e-11, TOLERANCES.get(name, 0)))
 
 
 @pytest.mark.parametrize("name", ["nuslerp", "multislerp"])
@@ -82,9 +86,7 @@ def test_means_of_differences_from_a_base(name: str) -> None:
 def test_fine_tunes_so_close_that_float32_could_not_tell_their_angles() -> None:
     models = models_for(3, (40, 30), apart=1e-4)
     for name in ("karcher", "geometric_median", "multislerp"):
-        close(
-            merge(name, models, {}), FORMULAS[name](models, **({"weight": [1, 1, 1]} if name == "multislerp" else {}))
-        )
+        close(merge(name, models, {}), FORMULAS[name](models), 1e-9)
     close(merge("slerp", models[:2]), FORMULAS["slerp"](models[:2], 0.3))
 
 
