@@ -9,7 +9,6 @@ from merging import GIVEN, SHAPES, count_of, merge, models_for
 
 from bake.merges import METHODS
 
-
 # Where the sum of distances is smallest it is flat, so half of the digits are those of the last step's rounding.
 # Rotations of few rows are poorly determined where the models say little.
 TOLERANCES = {"geometric_median": 1e-7, "rotate": 1e-9, "karcher": 1e-9}
