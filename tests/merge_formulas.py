@@ -379,7 +379,10 @@ def sce(models: Sequence[Array], select_topk: float) -> Array:
         deltas = deltas * (variance >= least * (1 - 1e-12))
     squares = (deltas**2).reshape(len(deltas), -1).mean(1)
     weights = squares / squares.sum() if squares.sum() else np.ones(len(deltas)) / len(deltas)
-    return task_sum(base, list(deltas), weights, consensus=True, normalize=True)
+    weights = weights.reshape(-1, *[1] * base.ndim)
+    counted = np.sign(deltas) == np.where(deltas.sum(0) >= 0, 1, -1)
+    divisor = (weights * counted).sum(0)
+    return base + (weights * counted * deltas).sum(0) / np.where(divisor == 0, 1, divisor)
 
 
 def ram(models: Sequence[Array], epsilon: float, r: float = 0.0, alpha: float = 0.0) -> Array:

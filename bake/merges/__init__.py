@@ -67,7 +67,7 @@ def _task_vectors(
         (
             _WEIGHT,
             *parameters,
-            Parameter("normalize", consensus and trim != "outliers", _NORMALIZE),  # as in mergekit
+            Parameter("normalize", consensus and trim in ("magnitude", "ranked"), _NORMALIZE),  # as in mergekit
             *((_VOTE,) if consensus else ()),
             _LAMBDA,
         ),

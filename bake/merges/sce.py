@@ -43,8 +43,9 @@ class Sce(Merge):
         self._weights = tuple(size / total if total else 1 / len(sizes) for size in sizes)
 
     def blend(self, chunk: Chunk) -> Tensor:
-        weighted = [change * weight for change, weight in zip(self._selected(chunk), self._weights, strict=True)]
-        return chunk.models[0] + agreed(weighted, self._weights, {"vote": "sum", "normalize": True})
+        changes = self._selected(chunk)
+        weighted = [change * weight for change, weight in zip(changes, self._weights, strict=True)]
+        return chunk.models[0] + agreed(weighted, self._weights, changes, normalize=True)
 
     def _selected(self, chunk: Chunk) -> list[Tensor]:
         changes = differences(chunk.models)

@@ -12,14 +12,13 @@ normalize divides by the sum of the weights, with a vote of those that count at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bake.merges.linear import added_up
 from bake.merges.merge import Chunk, Job, Merge, Survey, differences
-from bake.merges.method import Values
 from bake.merges.sums import Sums, row_sums
 from bake.merges.trimming import TRIMS
 
@@ -47,9 +46,14 @@ class TaskVectors(Merge):
             self._kept(place, change, chunk) * (self._gains[place] * self._weights[place])
             for place, change in enumerate(differences(chunk.models))
         ]
-        total = agreed(changes, self._weights, self.job.values) if self.job.values["consensus"] else _added(changes)
-        if self.job.values["normalize"] and not self.job.values["consensus"]:
-            total /= added_up(self._weights)
+        normalize = bool(self.job.values["normalize"])
+        if self.job.values["consensus"]:
+            votes = [change.sign() for change in changes] if self.job.values["vote"] == "count" else changes
+            total = agreed(changes, self._weights, votes, normalize)
+        else:
+            total = added(changes)
+            if normalize:
+                total = total / added_up(self._weights)
         return chunk.models[0] + total * self.job.number("lambda")
 
     def _kept(self, place: int, change: Tensor, chunk: Chunk) -> Tensor:
@@ -63,19 +67,22 @@ class TaskVectors(Merge):
         return torch.stack([row_sums(values.abs()) for values in changes + kept], dim=1)
 
 
-def agreed(changes: list[Tensor], weights: tuple[float, ...], values: Values) -> Tensor:
-    """The sum of those weighted changes that have the sign most of them want, divided as `normalize` says."""
+def agreed(changes: Sequence[Tensor], weights: Sequence[float], votes: Sequence[Tensor], normalize: bool) -> Tensor:
+    """The sum of those weighted changes that have the sign of the votes' sum, 0 being plus.
+
+    normalize: divided by the sum of their weights.
+    """
     total, divisor = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
-    votes = [change.sign() for change in changes] if values["vote"] == "count" else changes
-    sign = torch.where(_added(votes) >= 0, 1.0, -1.0)
+    sign = torch.where(added(votes) >= 0, 1.0, -1.0)
     for change, weight in zip(changes, weights, strict=True):
         is_counted = change.sign() == sign
         total += torch.where(is_counted, change, 0.0)
         divisor += is_counted.to(change.dtype) * weight
-    return total / torch.where(divisor == 0, 1.0, divisor) if values["normalize"] else total
+    return total / torch.where(divisor == 0, 1.0, divisor) if normalize else total
 
 
-def _added(values: list[Tensor]) -> Tensor:
+def added(values: Sequence[Tensor]) -> Tensor:
+    """The sum of some tensors, in their order."""
     total = values[0]
     for other in values[1:]:
         total = total + other
