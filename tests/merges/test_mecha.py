@@ -25,7 +25,10 @@ def function(name: str) -> Callable[..., torch.Tensor]:
 
 
 def tensors(values: dict[str, object]) -> dict[str, object]:
-    return {name: torch.tensor(value).double() if name == "alpha" else value for name, value in values.items()}
+    """The values as sd-mecha wants them."""
+    return {
+        name: torch.tensor(value, dtype=torch.float64) if name == "alpha" else value for name, value in values.items()
+    }
 
 
 def theirs(name: str, models: Sequence[np.ndarray], **values: object) -> np.ndarray:
