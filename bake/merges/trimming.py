@@ -13,7 +13,7 @@ first says nothing. mergekit (sparsify.py) keeps an exact number, and leaves to 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -64,39 +64,36 @@ class Everything(Trim):
 
 
 class Magnitude(Trim):
-    """By magnitude, within limits that a search finds."""
+    """By magnitude, from a limit on that a search finds."""
 
     def passes(self) -> Iterator[Survey]:
-        wanted = []
-        for place in self._trimmed():
-            first, last = self.ends(place)
-            keys = partial(_sizes, place)
-            wanted += [(keys, first), (keys, last)]
-        ranks = Ranks(wanted)
+        trimmed = [place for place, density in enumerate(self.densities) if density < 1]
+        wanted = [(place, rank) for place in trimmed for rank in self.ends(place)]
+        ranks = Ranks([(partial(_sizes, place), rank) for place, rank in wanted])
         yield from ranks.passes()
-        limits = iter(ranks.found)
-        self._limits = {place: (next(limits), next(limits)) for place in self._trimmed()}
+        found = list(zip(wanted, ranks.found, strict=True))
+        self._limits = {here: [limit for (place, _), limit in found if place == here] for here in trimmed}
 
-    def _trimmed(self) -> list[int]:
-        return [place for place, density in enumerate(self.densities) if density < 1]
-
-    def ends(self, place: int) -> tuple[int, int]:
-        """The ranks of the smallest and of the largest magnitude that are kept."""
-        return self.count - self.kept[place], self.count - 1
+    def ends(self, place: int) -> Sequence[int]:
+        """The ranks of the smallest, and unless it is the last of all the largest, magnitude that is kept."""
+        return (self.count - self.kept[place],)
 
     def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
-        low, high = self._limits[place]
-        size = change.abs()
-        return (size >= low) & (size <= high), 1.0
+        return change.abs() >= self._limits[place][0], 1.0
 
 
 class Outliers(Magnitude):
     """By magnitude, without the largest."""
 
-    def ends(self, place: int) -> tuple[int, int]:
+    def ends(self, place: int) -> Sequence[int]:
         largest = int(self.job.numbers("gamma")[place] * self.count)
         first = max(0, self.count - self.kept[place] - largest)
         return first, first + self.kept[place] - 1
+
+    def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
+        low, high = self._limits[place]
+        size = change.abs()
+        return (size >= low) & (size <= high), 1.0
 
 
 class Random(Trim):

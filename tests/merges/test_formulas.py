@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from merge_formulas import FORMULAS
-from merging import GIVEN, SHAPES, count_of, merge, models_for
+from merge_formulas import FORMULAS, cosine, cosine_limits, cosine_statistics
+from merging import GIVEN, SHAPES, blended, chunks_of, count_of, job_for, merge, models_for, survey
 
 from bake.merges import METHODS
 
@@ -97,3 +97,18 @@ def test_clip_keeps_what_is_added_between_a_and_b() -> None:
         low, high = np.minimum(a, b), np.maximum(a, b)
         assert ((free < low) | (free > high)).any()
         close(clipped, np.clip(free, low, high))
+
+
+@pytest.mark.parametrize("name", ["cosine_a", "cosine_b"])
+def test_limits_of_similarity_are_those_of_all_tensors(name: str) -> None:
+    shapes = [(9, 60), (4, 5, 3, 3), (17,), (8, 90)]
+    tensors = [models_for(2, shape, seed=place, apart=0.2 * place + 0.1) for place, shape in enumerate(shapes)]
+    directions = name == "cosine_a"
+    limits = cosine_limits([cosine_statistics(models, directions)[0] for models in tensors])
+    works = [METHODS[name].load()(job_for(name, models, {"alpha": 0.2})) for models in tensors]
+    for work, models in zip(works, tensors, strict=True):
+        survey(work, chunks_of(work, models, 3))
+    type(works[0]).agree(works)
+    for work, models in zip(works, tensors, strict=True):
+        found = blended(work, chunks_of(work, models, 4), models[0].shape)
+        close(found, cosine(models, 0.2, directions, limits))
