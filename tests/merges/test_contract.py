@@ -10,6 +10,8 @@ import torch
 from merging import GIVEN, SHAPES, chunks_of, count_of, job_for, merge, models_for, same_bits, survey
 
 from bake.merges import METHODS
+from bake.merges.merge import Chunk
+from bake.merges.method import never
 
 NAMES = sorted(METHODS)
 BLENDS = {"element", "row", "two-pass", "whole", "global"}
@@ -34,15 +36,14 @@ def test_method_is_what_its_line_says(name: str) -> None:
     assert (passes > 0) == (method.reach in ("two-pass", "global"))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(7, 5), (16, 6, 3, 3), (13,)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_their_order_and_threads_change_no_bit(name: str, shape: tuple[int, ...]) -> None:
     models = models_for(count_of(name), shape)
     whole = merge(name, models)
     assert whole.shape == shape
     assert np.isfinite(whole).all()
-    for height in (1, 3):
-        assert same_bits(merge(name, models, height=height, shuffled=True), whole)
+    assert same_bits(merge(name, models, height=1, shuffled=True), whole)
     assert same_bits(merge(name, models, height=2, shuffled=True, threads=3), whole)
 
 
@@ -131,7 +132,7 @@ ALONE: dict[str, list[tuple[dict[str, object], int]]] = {
     ],
     "ties": [({"weight": [0.5, 0, 0], "density": 1}, 1)],
     "dare_linear": [({"weight": [1, 0, 0], "density": 1}, 1)],
-    "dare_ties": [({"weight": [0, 3, 0], "density": [0.5, 1, 0.5]}, 2)],
+    "dare_ties": [({"weight": [0, 3, 0], "density": [0.5, 1, 0.5], "normalize": True}, 2)],
     "breadcrumbs": [({"weight": [0, 1, 0], "density": 1}, 2)],
     "breadcrumbs_ties": [({"weight": [0, 1, 0], "density": 1}, 2)],
     "della": [({"weight": [0, 1, 0], "density": 1}, 2)],
@@ -145,8 +146,6 @@ def alone(name: str, given: dict[str, object]) -> int | None:
 
 
 def test_every_method_with_such_values_is_listed() -> None:
-    from bake.merges.method import never
-
     assert {name for name, method in METHODS.items() if method.alone is not never} == set(ALONE)
 
 
@@ -197,16 +196,17 @@ def test_draws_depend_on_seed_and_tensor_alone(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "rotate"])
-def test_a_gpu_gives_the_same_bits(name: str) -> None:
+def test_a_gpu_gives_the_same_bits() -> None:
+    """But for `rotate`, whose decompositions are the device's own."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from bake.merges.merge import Chunk
-
-    models = models_for(count_of(name), (61, 130))
-    work = METHODS[name].load()(job_for(name, models, GIVEN.get(name, {})))
-    chunks = [Chunk(first, [model.cuda() for model in here]) for first, here in chunks_of(work, models, 9)]
-    survey(work, chunks)
-    type(work).agree([work])
-    result = torch.cat([work.blend(chunk).cpu() for chunk in chunks]).reshape(61, 130).numpy()
-    assert same_bits(result, merge(name, models))
+    for name in NAMES:
+        if name == "rotate":
+            continue
+        models = models_for(count_of(name), (61, 130))
+        work = METHODS[name].load()(job_for(name, models, GIVEN.get(name, {})))
+        chunks = [Chunk(first, [model.cuda() for model in here]) for first, here in chunks_of(work, models, 9)]
+        survey(work, chunks)
+        type(work).agree([work])
+        result = torch.cat([work.blend(chunk).cpu() for chunk in chunks]).reshape(61, 130).numpy()
+        assert same_bits(result, merge(name, models)), name
