@@ -10,6 +10,7 @@ In all four a larger alpha takes more of B, and 0 is not A.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,9 +38,9 @@ class _ByColumn(Merge):
             aa, ab, bb = (aa > 0).double(), self.cosines, (bb > 0).double()
         self.overall = _cosine(*(row_sums(sums.clone().unsqueeze(0)) for sums in (aa, ab, bb)))  # of all, (1,)
 
+    @abstractmethod
     def share_of_a(self) -> Tensor:
         """How much of A is in each column."""
-        raise NotImplementedError
 
     def blend(self, chunk: Chunk) -> Tensor:
         a, b = chunk.models
@@ -51,7 +52,7 @@ class Cosine(_ByColumn):
 
     similarity: the mean of the column's cosine and the tensor's; with `directions` of tensors whose columns have
     length 1. lo, hi: the ends of the statistic in all tensors of the models, which is the similarity or, with
-    `normalize`, the column's cosine. Where they are equal, k = 1 - alpha.
+    `directions`, the column's cosine. Where they are equal, k = 1 - alpha.
     """
 
     def __init__(self, job: Job) -> None:
@@ -79,7 +80,7 @@ class Cosine(_ByColumn):
 class AddCosine(_ByColumn):
     """k A + (1 - k) B, k = similarity - alpha, within 0 and 1. Models: a, b. alpha: any number.
 
-    similarity: the column's cosine, or (Fixed by the method: overall) its mean with the tensor's.
+    similarity: the column's cosine, or its mean with the tensor's. Fixed by the method: overall, which of the two.
     """
 
     def share_of_a(self) -> Tensor:

@@ -1,18 +1,21 @@
 """What the maths of every merge method looks like from outside: chunks in, passes first, values out.
 
-For each tensor whoever runs a merge does this, with chunks of any height, in any order, on any number of threads:
+For each tensor whoever runs a merge does this, with chunks of any height (rows of the matrix that `Merge.view` says), in
+any order, on any number of threads:
 
     merge = method.load()(job)
     for survey in merge.passes():
         survey.add(chunk)               # for every chunk of the tensor
     merge.blend(chunk)                  # for every chunk: its new values
 
-Only methods of reach `global` need more: the passes of all tensors first, then `agree` on all their merges, then
-the chunks; and merges that are `whole` take the tensor as one chunk. The bits of the result depend on the models'
-values, the job and nothing else: sums are made in an order that follows from the shape (`sums.py`), counts and
-extremes have no order, and everything else is one IEEE operation in float64 after the other. That is also why the
-maths of this folder avoids operations that may be fused or depend on an element's place in a buffer: `lerp`,
-`addcmul`, `add(alpha=)`, `sum`, `pow`.
+A call holds a few times what its chunk holds, so heights are divided by the number of models, and more models need no
+more memory. Only methods of reach `global` need more calls: the passes of all tensors first, then `agree` on all their
+merges, then the chunks; and merges that are `whole` take the tensor as one chunk.
+
+The bits of the result depend on the models' values, the job and nothing else: sums are made in an order that follows
+from the shape (`sums.py`), counts and extremes have no order (`ranks.py`), draws go by place (`chances.py`), and
+everything else is one IEEE operation in float64 after the other. That is also why the maths of this folder avoids
+operations that may be fused or depend on an element's place in a buffer: `lerp`, `addcmul`, `add(alpha=)`, `sum`, `pow`.
 
 Tensors of integers or bools, and those of one element or none (markers), are never merged: the planner copies them.
 Values that leave one model as it is are found by `Method.alone`, so that its bytes are copied. Whoever reads the models

@@ -39,7 +39,7 @@ class NuSlerp(Combination):
             self._columns = self._arcs(inner.total.reshape(3, -1))
 
     def shares(self, inner: Matrix) -> Sequence[float]:
-        return arc(inner[0][0], inner[0][1], inner[1][1], self._share)
+        return self._arc(inner[0][0], inner[0][1], inner[1][1])
 
     def blend(self, chunk: Chunk) -> Tensor:
         if self._along == "tensor":
@@ -52,11 +52,14 @@ class NuSlerp(Combination):
         total = combined(vectors, [share.to(vectors[0].device) for share in shares])
         return chunk.models[0] + total if self.has_base else total
 
+    def _arc(self, aa: float, ab: float, bb: float) -> tuple[float, float]:
+        return arc(aa, ab, bb, self._share) or (1 - self._share, self._share)
+
     def _by_column(self, chunk: Chunk) -> Tensor:
         one, other = self.vectors(chunk)
         return torch.cat([one * one, one * other, other * other], dim=1)
 
     def _arcs(self, inner: Tensor) -> Sequence[Tensor]:
         """The coefficients of both vectors for each of n pairs. inner: (3, n), as `products` orders them."""
-        found = [arc(aa, ab, bb, self._share) for aa, ab, bb in inner.T.tolist()]
+        found = [self._arc(aa, ab, bb) for aa, ab, bb in inner.T.tolist()]
         return torch.tensor(found, dtype=torch.float64).T.unbind()

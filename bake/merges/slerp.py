@@ -21,16 +21,19 @@ class Slerp(Combination):
 
     def shares(self, inner: Matrix) -> Sequence[float]:
         alpha = self.job.number("alpha")
-        of_a, of_b = arc(inner[0][0], inner[0][1], inner[1][1], alpha)
-        if self.job.values["norms"] == "raw" or (of_a, of_b) == (1 - alpha, alpha):
+        found = arc(inner[0][0], inner[0][1], inner[1][1], alpha)
+        if found is None:
+            return 1 - alpha, alpha
+        of_a, of_b = found
+        if self.job.values["norms"] == "raw":
             return of_a, of_b
         a, b = math.sqrt(inner[0][0]), math.sqrt(inner[1][1])
         length = a + (b - a) * alpha
         return of_a * length / a, of_b * length / b
 
 
-def arc(aa: float, ab: float, bb: float, share: float) -> tuple[float, float]:
-    """The coefficients of two vectors at `share` of the way between them; where there is no arc, of a straight line.
+def arc(aa: float, ab: float, bb: float, share: float) -> tuple[float, float] | None:
+    """The coefficients of two vectors at `share` of the way between them; None where there is no arc.
 
     aa, ab, bb: their inner products.
     """
@@ -38,6 +41,6 @@ def arc(aa: float, ab: float, bb: float, share: float) -> tuple[float, float]:
     cosine = max(-1.0, min(1.0, ab / size)) if size else 1.0
     sine = math.sqrt((1 - cosine) * (1 + cosine))
     if sine < _SMALLEST_SINE:
-        return 1 - share, share
+        return None
     angle = math.atan2(sine, cosine)
     return math.sin((1 - share) * angle) / sine, math.sin(share * angle) / sine

@@ -24,15 +24,13 @@ from bake.merges.merge import Chunk, Job, Survey
 from bake.merges.ranks import Ranks
 
 
-class Trim(ABC):
-    """Of every model of the last role, `density` of what makes it differ from the base."""
+class Trim:
+    """Nothing is left out."""
 
     def __init__(self, job: Job, count: int) -> None:
         """count: elements of the tensor."""
         self.job = job
         self.count = count
-        self.densities = job.numbers("density")
-        self.kept = [max(1, int(density * count)) for density in self.densities]
 
     def passes(self) -> Iterator[Survey]:
         """What it has to know beforehand."""
@@ -40,6 +38,18 @@ class Trim(ABC):
 
     def apply(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
         """(what is left of the change that model `place` makes, the chance that each element had to be kept)."""
+        return change, 1.0
+
+
+class _Share(Trim, ABC):
+    """Of each model's difference the share `density` is kept."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        super().__init__(job, count)
+        self.densities = job.numbers("density")
+        self.kept = [max(1, int(density * count)) for density in self.densities]
+
+    def apply(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
         if self.densities[place] == 1:
             return change, 1.0
         is_kept, chance = self.choose(place, change, chunk)
@@ -50,20 +60,7 @@ class Trim(ABC):
         """(which elements are kept, the chance they had), for a density below 1."""
 
 
-class Everything(Trim):
-    """No trimming at all: for methods that have no density."""
-
-    def __init__(self, job: Job, count: int) -> None:
-        self.job = job
-
-    def apply(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
-        return change, 1.0
-
-    def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
-        raise NotImplementedError  # nothing ever has to be chosen
-
-
-class Magnitude(Trim):
+class Magnitude(_Share):
     """By magnitude, from a limit on that a search finds."""
 
     def passes(self) -> Iterator[Survey]:
@@ -96,7 +93,7 @@ class Outliers(Magnitude):
         return (size >= low) & (size <= high), 1.0
 
 
-class Random(Trim):
+class Random(_Share):
     """By chance."""
 
     def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
@@ -104,7 +101,7 @@ class Random(Trim):
         return uniform(self.job, chunk, place) < density, density
 
 
-class Ranked(Trim):
+class Ranked(_Share):
     """By chance, the larger ones of a row with a better one."""
 
     def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
@@ -128,7 +125,7 @@ def _sizes(place: int, chunk: Chunk) -> Tensor:
 
 
 TRIMS: dict[str, type[Trim]] = {
-    "none": Everything,
+    "none": Trim,
     "magnitude": Magnitude,
     "outliers": Outliers,
     "random": Random,
