@@ -1,7 +1,7 @@
 """What the maths of every merge method looks like from outside: chunks in, passes first, values out.
 
-For each tensor whoever runs a merge does this, with chunks of any height (rows of the matrix that `Merge.view` says), in
-any order, on any number of threads:
+For each tensor whoever runs a merge does this, with chunks of any height (rows of the matrix that `Merge.view` says),
+in any order, on any number of threads:
 
     merge = method.load()(job)
     for survey in merge.passes():
@@ -15,7 +15,8 @@ merges, then the chunks; and merges that are `whole` take the tensor as one chun
 The bits of the result depend on the models' values, the job and nothing else: sums are made in an order that follows
 from the shape (`sums.py`), counts and extremes have no order (`ranks.py`), draws go by place (`chances.py`), and
 everything else is one IEEE operation in float64 after the other. That is also why the maths of this folder avoids
-operations that may be fused or depend on an element's place in a buffer: `lerp`, `addcmul`, `add(alpha=)`, `sum`, `pow`.
+operations that may be fused or depend on an element's place in a buffer: `lerp`, `addcmul`, `add(alpha=)`, `sum`,
+`pow`.
 
 Tensors of integers or bools, and those of one element or none (markers), are never merged: the planner copies them.
 Values that leave one model as it is are found by `Method.alone`, so that its bytes are copied. Whoever reads the models
