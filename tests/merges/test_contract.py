@@ -168,6 +168,25 @@ def test_other_values_leave_no_model_as_it_is(name: str) -> None:
     assert not any(np.array_equal(result, model) for model in models)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("linear", {"weight": [0, 3, 0], "normalize": False}),
+        ("multislerp", {"weight": [0, 3, 0], "normalize": False}),
+        ("task_arithmetic", {"weight": [0, 0.5, 0]}),
+        ("task_arithmetic", {"weight": [0, 1, 0], "lambda": 0.5}),
+        ("ties", {"weight": [0, 1, 0], "density": 0.5}),
+        ("dare_linear", {"weight": [0, 1, 0], "density": [1, 0.5, 1]}),
+        ("tensor_sum", {"width": 0.5}),
+        ("rotate", {"alpha": 0, "alignment": 1}),
+        ("multiply_difference", {"alpha": 0, "beta": 1}),
+        ("distribution_crossover", {"cut": 0, "slope": 0.1}),
+    ],
+)
+def test_a_model_of_which_only_a_part_counts_is_not_the_result(name: str, given: dict) -> None:
+    assert alone(name, given) is None
+
+
 # Where all models are equal, these are that model, up to the last place.
 MEANS = [
     name

@@ -148,6 +148,18 @@ def test_rotate_of_what_is_no_matrix_equal_or_a_pure_rotation() -> None:
         assert before == pytest.approx(after, rel=1e-9)
 
 
+def test_rotate_goes_no_part_of_the_way_to_a_mirror_image() -> None:
+    """Nothing lies between: part of the way leads to the nearest rotation, all of it to the mirror image."""
+    (a,) = models_for(1, (12, 4))
+    a = a - a.mean(0)
+    mirrored = a * [1, 1, 1, -1]
+    assert merge("rotate", [a, mirrored], {}) == pytest.approx(mirrored, abs=1e-13)
+    halfway = merge("rotate", [a, mirrored], {"alignment": 0.5})
+    turn = np.linalg.lstsq(a, halfway, rcond=None)[0]
+    assert turn @ turn.T == pytest.approx(np.eye(4), abs=1e-10)
+    assert np.linalg.det(turn) == pytest.approx(1)
+
+
 def test_rotate_of_wide_matrices_is_nearest() -> None:
     """Against any orthogonal matrix of all columns; sd-mecha's wide form leaves parts of A beside B."""
     a, b = models_for(2, (5, 40), apart=1.0)
