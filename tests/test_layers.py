@@ -23,6 +23,7 @@ ALLOWED = {
     "io": {"errors", "dtypes", "sizes"},
     "keys": {"errors"},
     "adapters": {"errors"},
+    "merges": {"errors", "draws"},
     "identify": {"errors", "io", "keys"},
     "plan": {"errors", "dtypes", "garbage", "io", "keys", "identify"},
     "execute": {"errors", "dtypes", "draws", "garbage", "io", "keys", "plan", "adapters", "progress"},
@@ -39,6 +40,8 @@ ALLOWED = {
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "sizes", "progress", "keys", "plan")
+# The table, and the methods that are coefficients alone: bake.merges.combination uses them on tensors.
+MERGES_WITHOUT_TORCH = ("__init__", "method", "rules", "slerp", "multislerp", "karcher")
 WITH_TORCH = {
     PACKAGE / "draws.py",
     PACKAGE / "io" / "payload.py",
@@ -58,6 +61,7 @@ WITH_TORCH = {
     PACKAGE / "cli" / "env.py",
     PACKAGE / "norms.py",
     *(PACKAGE / "adapters").glob("*.py"),
+    *(path for path in (PACKAGE / "merges").glob("*.py") if path.stem not in MERGES_WITHOUT_TORCH),
 }
 
 
