@@ -25,7 +25,8 @@ from bake.io.tensorfile import open_tensors
 from bake.io.writeback import Writeback
 from bake.plan.build import build_plan as plan_recipe
 from bake.plan.embeddings import embeddings_folder
-from bake.plan.model import FilePlan, Plan
+from bake.plan.merge import MergeRecipe, build_merge_plan
+from bake.plan.model import FilePlan, Plan, Stored, TensorPlan
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.record import RECIPE_KEY, file_metadata
 from bake.plan.replay import recipe_from_record
@@ -216,6 +217,8 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) 
     if not is_folder and target.suffix != ".safetensors":
         raise UsageError(f"{target}: the output is a safetensors file; let its name end in .safetensors")
     inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
+    if plan.merge is not None:
+        inputs += [model.path for model in plan.merge.models if model.path.is_dir()]
     if plan.base.is_dir() and plan.base.resolve() in target.resolve().parents:
         raise UsageError(f"{target} lies inside the base folder {plan.base}; choose a place outside it")
     check_places(plan, embeddings_folder(target), overwrite)
@@ -233,12 +236,19 @@ def output_bytes(plan: Plan) -> int:
 
 
 def input_bytes(plan: Plan) -> int:
-    """Bytes of tensor data that the run reads: the base once, every factor used, and embeddings."""
+    """Bytes of tensor data that the run reads, counted once: of base or models, every factor used, and embeddings."""
     stored = [each for _, tensor in plan.tensors() for term in tensor.terms for each in term.factors.values()]
     stored += [vectors.stored for embedding in plan.embeddings for vectors in embedding.vectors]
     factors = {(each.input, each.name): each.span[1] - each.span[0] for each in stored}
-    base = sum(tensor.source.span[1] - tensor.source.span[0] for _, tensor in plan.tensors() if not tensor.is_given)
-    return base + sum(factors.values())
+    read = [each for _, tensor in plan.tensors() if not tensor.is_given for each in _sources(tensor)]
+    return sum(each.span[1] - each.span[0] for each in read) + sum(factors.values())
+
+
+def _sources(tensor: TensorPlan) -> list[Stored]:
+    """What the values of a tensor come from that terms may change."""
+    if tensor.merge is None:
+        return [tensor.source]
+    return [stored for share in tensor.merge.shares for stored in share.stored]
 
 
 def _data_bytes(file: FilePlan) -> int:
@@ -296,7 +306,7 @@ def check_output(
         folders = [*map(Path, search), path.resolve().parent, Path.cwd()]
         recipe = recipe_from_record(stored_recipe(path), folders, str(path))
         try:
-            plan = plan_recipe(recipe)
+            plan = build_merge_plan(recipe) if isinstance(recipe, MergeRecipe) else plan_recipe(recipe)
         except UsageError as error:  # nobody typed it
             raise InputError(f"{path}: its recipe cannot be replayed: {error.message}", path=str(path)) from None
     else:
