@@ -255,16 +255,16 @@ def _data_bytes(file: FilePlan) -> int:
     return file.tensors[-1].span[1] if file.tensors else 0
 
 
-def _header(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None) -> bytes:
+def _header(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None, at_least: int = 0) -> bytes:
     tensors = {tensor.name: TensorInfo(tensor.dtype, tensor.shape, *tensor.span) for tensor in file.tensors}
-    return build_header(tensors, file_metadata(plan, file, digests, __version__))
+    return build_header(tensors, file_metadata(plan, file, digests, __version__), at_least)
 
 
 def _write_headers(plan: Plan, targets: Mapping[str, Target], digests: Sequence[Digest]) -> None:
     """Write the headers, last: until then a draft cannot be mistaken for a checkpoint."""
     for file in plan.files:
-        header = _header(plan, file, digests)
         target = targets[file.relative]
+        header = _header(plan, file, digests, target.data_start)  # models that are the same are recorded once
         if len(header) != target.data_start:
             raise AssertionError(f"the header of {file.relative or 'the output'} changed its length")
         descriptor = open_for_writing(target.path)

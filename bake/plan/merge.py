@@ -430,7 +430,7 @@ class _Steps:
             yield f"{full} has further channels in {first}: they are kept"
         if self._differing:
             yield (
-                f"constants and integers are copied from {first}; they differ between the models in "
+                f"constants, integers and single numbers are copied from {first}; the models differ in "
                 f"{_some(self._differing)}"
             )
         if self._outside:

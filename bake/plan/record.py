@@ -1,6 +1,6 @@
 """What the output says about itself: ModelSpec, A1111's merge keys, and bake's own replayable recipe.
 
-The record names its inputs by SHA-256. Digests have a fixed length, so the header's length is known
+The record names its inputs by SHA-256. Digests have a fixed length, so how long the header is at most is known
 before they are; nothing here depends on the time, the machine or the output's name.
 """
 
@@ -32,9 +32,6 @@ _IMPLEMENTATIONS = {
 }
 
 
-PLACEHOLDER = Digest("0" * 64, "0" * 8)
-
-
 def carried_metadata(base: Mapping[str, str], identity: BaseIdentity, added: Mapping[str, str]) -> dict[str, str]:
     """The base's metadata without what is stale, with the family's ModelSpec identity and the user's keys."""
     kept = {key: value for key, value in base.items() if key not in _STALE and not key.startswith(_STALE_PREFIXES)}
@@ -61,7 +58,7 @@ def file_metadata(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None, 
     """
     if not (plan.record and file.is_recorded):
         return dict(file.metadata)
-    known = digests if digests is not None else [PLACEHOLDER] * len(plan.inputs)
+    known = digests if digests is not None else [Digest(f"{place:064}", "0" * 8) for place in range(len(plan.inputs))]
     if plan.merge is None:
         recorded = {RECIPE_KEY: _dump(recipe_record(plan, known, version, file.history))}
     else:

@@ -25,7 +25,7 @@ from bake.merges.merge import Merge
 from bake.plan.model import TensorPlan
 from bake.sizes import format_bytes
 
-_CHUNK_ELEMENTS = 64 * 1024  # of each model, at most: all that is made of them stays in a core's cache
+_CHUNK_ELEMENTS = 32 * 1024  # of each model, at most: all that is made of them stays in a core's cache
 _SMALLEST_CHUNK = 4 * 1024
 _GPU_CHUNK_ELEMENTS = 4 * 1024 * 1024
 _PART_ELEMENTS = 16 * 1024 * 1024  # tensors with more are worked on by several workers, where no pass is needed
