@@ -40,8 +40,10 @@ def check_files(
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
             touched = [tensor for tensor in file.tensors if tensor.is_computed]
             if touched:
-                from bake.verify.numeric import check_tensors  # brings NumPy
-
+                if plan.merge is not None:
+                    from bake.verify.merges import check_merged as check_tensors  # brings torch
+                else:
+                    from bake.verify.numeric import check_tensors  # brings NumPy
                 for tensor, found in check_tensors(plan, touched, full, output, files):
                     report.include(found)
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)

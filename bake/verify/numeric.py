@@ -66,7 +66,7 @@ def check_tensors(
 
         def check(tensor: TensorPlan) -> Report:
             blocks = all_rows(tensor) if full else sampled_rows(tensor)
-            return _check_tensor(tensor, blocks, output, files, _rule_of(plan, tensor))
+            return _check_tensor(tensor, blocks, output, files, rule_of(plan, tensor))
 
         chosen = tensors if full else sampled(tensors)
         yield from zip(chosen, pool.map(check, chosen), strict=True)
@@ -74,7 +74,7 @@ def check_tensors(
         pool.shutdown(cancel_futures=True)
 
 
-def _rule_of(plan: Plan, tensor: TensorPlan) -> Rule:
+def rule_of(plan: Plan, tensor: TensorPlan) -> Rule:
     """How the elements of a tensor of `plan` are rounded."""
     if plan.rounding != "stochastic":
         return Rule(tensor.dtype, None, plan.rounding == "fast")

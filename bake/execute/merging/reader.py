@@ -12,16 +12,21 @@ from bake.execute.device import Desk, Device
 from bake.execute.rounding import has_nonfinite
 from bake.io.fileset import FileSet
 from bake.io.payload import as_bytes, read_tensor
+from bake.keys.factors import as_matrix
 from bake.merges.merge import Chunk
-from bake.plan.model import MergeStep, Plan, Share, Stored
+from bake.plan.model import Plan, Share, Stored, TensorPlan
 
 
 class Reader:
     """Reads chunks of one tensor from every model."""
 
-    def __init__(self, plan: Plan, step: MergeStep, files: FileSet, columns: int, device: Device, forgets: bool) -> None:
+    def __init__(
+        self, plan: Plan, tensor: TensorPlan, files: FileSet, columns: int, device: Device, forgets: bool
+    ) -> None:
         """columns: of the matrix that chunks are rows of. forgets: what was read shall not stay in memory."""
-        self._plan, self._step, self._files = plan, step, files
+        assert tensor.merge is not None
+        self._plan, self._step, self._files = plan, tensor.merge, files
+        self._shape = tensor.shape
         self._columns, self._device, self._forgets = columns, device, forgets
 
     def chunk(self, first: int, last: int, desk: Desk) -> Chunk:
@@ -29,18 +34,40 @@ class Reader:
         models: list[Tensor] = []
         for number, share in enumerate(self._step.shares):
             found = desk.computed(f"model {number}", torch.float64, (last - first, self._columns))
-            narrow = math.prod(share.stored[0].shape[1:])
-            if share.transposed:
-                found.copy_(self._transposed(share, number)[first:last])
-            elif narrow < self._columns and len(share.stored[0].shape) > 1:
-                found.copy_(models[0])
-                own = desk.computed("narrow", torch.float64, (last - first, narrow))
-                self._read(share, number, first * narrow, own, desk)
-                found[:, :narrow].copy_(own)
+            if share.transposed or self._is_narrow(share):
+                places = slice(first * self._columns, last * self._columns)
+                found.view(-1).copy_(self._whole(number).reshape(-1)[places])
             else:
                 self._read(share, number, first * self._columns, found, desk)
             models.append(found)
         return Chunk(first, models)
+
+    def _is_narrow(self, share: Share) -> bool:
+        """True if rows are shorter than those of the output."""
+        return as_matrix(share.stored[0].shape)[1] < as_matrix(self._shape)[1]
+
+    def _whole(self, number: int) -> Tensor:
+        """A whole tensor that is stored the other way round, or whose rows go on with the first model's.
+
+        The former are square projections of text encoders, the latter first layers of UNets: both are small.
+        """
+        share = self._step.shares[number]
+        parts = [self._tensor(stored, number) for stored in share.stored]
+        found = torch.cat(parts)
+        if share.transposed:
+            return found.t()
+        if self._is_narrow(share):
+            wide = self._whole(self._step.models.index(0)).reshape(as_matrix(self._shape)).clone()
+            wide[:, : as_matrix(share.stored[0].shape)[1]] = found.reshape(len(wide), -1)
+            return wide
+        return found
+
+    def _tensor(self, stored: Stored, number: int) -> Tensor:
+        with self._files.using(stored.input) as file:
+            found = read_tensor(file, stored.span[0], stored.dtype, stored.shape, torch.float64)
+        if has_nonfinite(found):
+            self._refuse(stored, number)
+        return self._device.upload(found)
 
     def _read(self, share: Share, number: int, begin: int, out: Tensor, desk: Desk) -> None:
         """Fill `out` with the model's elements from flat index `begin` on, which may lie in several stored tensors."""
@@ -75,15 +102,6 @@ class Reader:
             out.copy_(near.copy_(raw))
         else:
             out.copy_(raw)
-
-    def _transposed(self, share: Share, number: int) -> Tensor:
-        """A whole tensor that is stored the other way round."""
-        (stored,) = share.stored
-        with self._files.using(stored.input) as file:
-            found = read_tensor(file, stored.span[0], stored.dtype, stored.shape, torch.float64)
-        if has_nonfinite(found):
-            self._refuse(stored, number)
-        return self._device.upload(found.t())
 
     def _refuse(self, stored: Stored, number: int) -> None:
         merge = self._plan.merge

@@ -51,10 +51,9 @@ class MergedTensor:
         rounding: Rounding,
         forgets: bool,
     ) -> None:
-        assert tensor.merge is not None
         self.tensor, self.merge = tensor, merge
         self._rounding, self._device = rounding, device
-        self._reader = Reader(plan, tensor.merge, files, merge.view[1], device, forgets)
+        self._reader = Reader(plan, tensor, files, merge.view[1], device, forgets)
 
     def heights(self, elements: int, rows: range | None = None) -> Iterator[tuple[int, int]]:
         """[first, past the last) row of each chunk of some rows, all by default; elements: of a chunk, at most."""
