@@ -34,10 +34,10 @@ ALLOWED = {
     "norms": {"errors", "io", "keys", "identify", "adapters"},
     "inspection": {"errors", "io", "keys", "identify", "plan", "doctor", "norms"},
     "bugreport": {"errors", "io", "keys", "inspection"},
-    "documents": {"errors", "api", "plan", "verify"},
+    "documents": {"errors", "api", "plan", "verify", "merges"},
     "cli": {
-        *("errors", "dtypes", "sizes", "progress", "identify", "plan", "verify"),
-        *("api", "documents", "inspection", "bugreport"),
+        *("errors", "dtypes", "sizes", "progress", "identify", "plan", "verify", "merges"),
+        *("api", "documents", "inspection", "bugreport", "merging"),
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "sizes", "progress", "keys", "plan")
@@ -49,6 +49,7 @@ WITH_TORCH = {
     PACKAGE / "io" / "pickled.py",
     PACKAGE / "execute" / "appended.py",
     PACKAGE / "execute" / "compute.py",
+    *(PACKAGE / "execute" / "merging" / f"{name}.py" for name in ("pipeline", "reader", "work")),
     PACKAGE / "execute" / "device.py",
     PACKAGE / "execute" / "narrow.py",
     PACKAGE / "execute" / "pipeline.py",
@@ -110,6 +111,8 @@ def test_torch_is_imported_where_payload_is_touched_and_nowhere_else(path: Path)
     [
         ["--help"],
         ["fuse", "--help"],
+        ["merge", "--list"],
+        ["merge", "weighted_sum", str(SD1_BASE), str(SD1_BASE), "--dry-run"],
         ["plan", str(SD1_BASE), "-l", str(KOHYA_LORA)],
         ["inspect", str(KOHYA_LORA), "--against", str(SD1_BASE)],
         ["inspect", str(SD1_BASE), "--json"],

@@ -41,10 +41,10 @@ def is_merged(name: str, info: TensorInfo) -> bool:
 
 
 class _Piece(NamedTuple):
-    """Rows [begin, begin + count) of a tensor of the first model, and the tensor of the other that has them."""
+    """Rows [begin, begin + rows) of a tensor of the first model, and the tensor of the other that has them."""
 
     begin: int
-    count: int
+    rows: int
     tensor: str
     first: int  # row of that tensor
     transposed: bool
@@ -101,7 +101,6 @@ class Opened:
         row = (info.end - info.begin) // info.shape[0]  # bytes
         begin = info.begin + first * row
         return Stored(place, name, info.dtype, (count, *info.shape[1:]), (begin, begin + count * row))
-
 
     def read(self, full: str) -> tuple[str, bytes]:
         """(dtype, bytes) of a small tensor."""
@@ -211,12 +210,12 @@ class Counterparts:
             raise self._misfit(full, pieces)
         height, width = as_matrix(info.shape)
         widths = {math.prod(tensors[piece.tensor].shape[1:]) for piece in pieces}
-        ends = [0, *(piece.begin + piece.count for piece in pieces)]
+        ends = [0, *(piece.begin + piece.rows for piece in pieces)]
         if ends[:-1] != [piece.begin for piece in pieces] or ends[-1] != height:
             raise self._misfit(full, pieces)
         if widths != {width} and not self._is_first_layer(full, theirs, tensors[pieces[0].tensor].shape):
             raise self._misfit(full, pieces)
-        return Share(tuple(self._other.stored(piece.tensor, piece.first, piece.count) for piece in pieces))
+        return Share(tuple(self._other.stored(piece.tensor, piece.first, piece.rows) for piece in pieces))
 
     def _is_first_layer(self, full: str, theirs: Component, shape: tuple[int, ...]) -> bool:
         """True for the first layer of a plain UNet that is merged into that of an inpainting model.

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bake.dtypes import OUTPUT_DTYPES
 from bake.errors import FamilyMismatch, Mismatch, Unsupported, UsageError
 from bake.garbage import without_collecting
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
@@ -26,7 +25,7 @@ from bake.plan.casts import Casting, check_casts
 from bake.plan.counterparts import Counterparts, Opened, is_merged
 from bake.plan.files import plan_side_files
 from bake.plan.match import Matching
-from bake.plan.model import Coverage, FilePlan, Input, Merging, MergeStep, ModelUse, Plan, Share, TensorPlan
+from bake.plan.model import Coverage, FilePlan, Input, MergeStep, Merging, ModelUse, Plan, Share, TensorPlan
 from bake.plan.parameters import Parameters, Setting, permuted, setting_to_json
 from bake.plan.recipe import ROUNDINGS, Recipe, is_text_encoder
 from bake.plan.record import carried_metadata, history_of
@@ -149,9 +148,7 @@ def _roles(method: Method, recipe: MergeRecipe) -> tuple[str, ...]:
     except ValueError:
         others = ", ".join(part for part in method.models.split(", ") if part not in ("base", "[base]"))
         beside = " beside the base" if base is not None else ""
-        raise UsageError(
-            f"{method.name} takes {others}{beside}, and {len(recipe.models)} models are named"
-        ) from None
+        raise UsageError(f"{method.name} takes {others}{beside}, and {len(recipe.models)} models are named") from None
 
 
 def _opened(
@@ -228,7 +225,7 @@ def _check_output(recipe: MergeRecipe, output: Recipe, identity: BaseIdentity) -
     for dtype in output.dtypes.values():
         if dtype.endswith(("_scaled", "_old")):
             raise UsageError(
-                f"--dtype {dtype}: merge first, to {', '.join(name for name in OUTPUT_DTYPES if '_scaled' not in name)}; "
+                f"--dtype {dtype}: merge to 16 bits first (--dtype bf16 or fp16); "
                 f"'bake fuse MERGED --dtype {dtype}' then scales the result"
             )
 
@@ -239,8 +236,8 @@ def _check_family(first: Opened, other: Opened) -> None:
     is_known = all(each.family in FAMILIES or each.language_model for each in (one, two))
     if is_known and one.family != two.family and "language-model" not in (one.family, two.family):
         raise FamilyMismatch(
-            f"{first.name} is {title(one.family)}, {other.name} is {title(two.family)}: only models of one family can be "
-            f"merged.",
+            f"{first.name} is {title(one.family)}, {other.name} is {title(two.family)}: only models of one family can "
+            f"be merged.",
             families=[one.family, two.family],
         )
 
@@ -299,7 +296,9 @@ class _Steps:
 
     def _tensors(self, part: CheckpointFile) -> tuple[TensorPlan, ...]:
         stored = part.file.tensors
-        placed = lay_out((name, self._casting.dtype(part.group + name, info), info.shape) for name, info in stored.items())
+        placed = lay_out(
+            (name, self._casting.dtype(part.group + name, info), info.shape) for name, info in stored.items()
+        )
         return tuple(self._tensor(part.group + name, stored[name], name, info) for name, info in placed.items())
 
     def _tensor(self, full: str, info: TensorInfo, name: str, placed: TensorInfo) -> TensorPlan:
@@ -412,8 +411,8 @@ class _Steps:
         if lacks:
             more = f" and {len(lacks) - _LISTED} more" if len(lacks) > _LISTED else ""
             raise Mismatch(
-                f"{len(lacks)} tensors have no counterpart: {'; '.join(lacks[:_LISTED])}{more}. If that is as it should "
-                f"be, --allow-missing keeps those of {self._models[0].name} and leaves out what only others have.",
+                f"{len(lacks)} tensors have no counterpart: {'; '.join(lacks[:_LISTED])}{more}. If that is as it "
+                f"should be, --allow-missing keeps {self._models[0].name}'s and leaves out what only others have.",
                 tensors=lacks,
             )
 

@@ -1,10 +1,10 @@
-"""What the parameters of a merge method are for each tensor: a number, or numbers by component, block, name and depth."""
+"""What the parameters of a merge method are for each tensor: one number, or several by component, block and name."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from bake.errors import UsageError
 from bake.identify.checkpoint import BaseIdentity
@@ -15,6 +15,9 @@ from bake.plan.selection import Selection
 
 # A number, switch or word; a Selection of numbers; or one of these for each model.
 Setting: TypeAlias = "float | bool | str | Selection | Sequence[float | Selection]"
+
+
+T = TypeVar("T")
 
 
 class Parameters:
@@ -72,7 +75,7 @@ def _with_defaults(method: Method, name: str, setting: Setting) -> Setting:
     return _with_default(parameter, setting)
 
 
-def _with_default(parameter: Parameter, setting: Any) -> Any:
+def _with_default(parameter: Parameter, setting: T) -> T | Selection:
     if not isinstance(setting, Selection):
         return setting
     if parameter.choices or isinstance(parameter.default, bool):
@@ -82,6 +85,11 @@ def _with_default(parameter: Parameter, setting: Any) -> Any:
     if parameter.default is None:
         raise UsageError(f"-p {parameter.name}: say what counts elsewhere, as in -p {parameter.name}=0.5:te=0.3")
     return dataclasses.replace(setting, number=float(parameter.default))
+
+
+def _number_from_json(data: Any) -> float | Selection:
+    """One of the numbers for each model."""
+    return Selection.from_json(data) if isinstance(data, dict) else float(data)
 
 
 def _each(setting: Setting) -> Sequence[Any]:
@@ -103,7 +111,7 @@ def setting_to_json(setting: Setting) -> Any:
 def setting_from_json(data: Any) -> Setting:
     """The setting that `setting_to_json` gave."""
     if isinstance(data, list):
-        return [setting_from_json(each) for each in data]
+        return [_number_from_json(each) for each in data]
     if isinstance(data, dict):
         return Selection.from_json(data)
     if not isinstance(data, (bool, int, float, str)):

@@ -174,7 +174,11 @@ def merge_record(plan: Plan, merge: Merging, digests: Sequence[Digest], version:
 
 
 # What AUTOMATIC1111 calls the methods that it has too; it has no others.
-_INTERPOLATIONS = {"weighted_sum": "Weighted sum", "add_difference": "Add difference", "passthrough": "No interpolation"}
+_INTERPOLATIONS = {
+    "weighted_sum": "Weighted sum",
+    "add_difference": "Add difference",
+    "passthrough": "No interpolation",
+}
 
 
 def _merge_for_web_uis(merge: Merging, digests: Sequence[Digest]) -> dict[str, str]:
@@ -192,7 +196,7 @@ def _merge_for_web_uis(merge: Merging, digests: Sequence[Digest]) -> dict[str, s
         "parameters": merge.parameters,
     }
     models: dict[str, Any] = {}
-    for model, digest in used:
+    for model in merge.models:
         models |= _parse(model.history.get("sd_merge_models")) or {}
     for model, digest in used:
         models[digest.sha256] = {

@@ -38,7 +38,10 @@ def check_merged(
         assert tensor.merge is not None
         merge = settled.get(tensor.merge.name) or _merge(plan, tensor)
         try:
-            yield tensor, _check(tensor, merge, full, output, files, rule_of(plan, tensor), tensor.merge.name in settled)
+            yield (
+                tensor,
+                _check(tensor, merge, full, output, files, rule_of(plan, tensor), tensor.merge.name in settled),
+            )
         except ValueError as error:
             raise Mismatch(f"{tensor.name}: {error}", tensor=tensor.name) from None
 
@@ -88,9 +91,7 @@ def _chunk(merge: Merge, tensor: TensorPlan, step: MergeStep, rows: range, files
     return Chunk(rows.start, [torch.from_numpy(model.reshape(len(rows), width)) for model in models])
 
 
-def _elements(
-    step: MergeStep, number: int, shape: tuple[int, ...], begin: int, end: int, files: FileSet
-) -> Doubles:
+def _elements(step: MergeStep, number: int, shape: tuple[int, ...], begin: int, end: int, files: FileSet) -> Doubles:
     """The elements [begin, end) of one model's tensor."""
     share = step.shares[number]
     narrow = as_matrix(share.stored[0].shape)[1]

@@ -118,7 +118,9 @@ class MergeRun:
                     needed=needed,
                 )
             wanted = min(wanted, options.memory // needed)
-        each = _element_bytes(max((len(tensor.merge.shares) for _, tensor, _ in self._merges if tensor.merge), default=1))
+        each = _element_bytes(
+            max((len(tensor.merge.shares) for _, tensor, _ in self._merges if tensor.merge), default=1)
+        )
         workers = max(1, min(wanted, options.memory // (each * _SMALLEST_CHUNK)))
         largest = _CHUNK_ELEMENTS if self._devices[0].is_cpu else _GPU_CHUNK_ELEMENTS
         return workers, max(_SMALLEST_CHUNK, min(largest, options.memory // workers // each))
@@ -127,7 +129,9 @@ class MergeRun:
         """Wait for the workers; raise what they, or the team, met. Returns what was clamped, as in `Measured`."""
         if self._is_global:
             self._start(self._survey).join()
-            merges = [merge for _, tensor, merge in self._merges if tensor.merge and tensor.merge.method == self._method.name]
+            merges = [
+                merge for _, tensor, merge in self._merges if tensor.merge and tensor.merge.method == self._method.name
+            ]
             self._method.load().agree(merges)
         if self._crew is None:
             self._crew = self._start(self._work)
