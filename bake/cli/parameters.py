@@ -19,7 +19,7 @@ _RULES = ":lbwe="  # rules have colons of their own, so they come last
 _SWITCHES = {"true": True, "false": False}
 
 
-class ParameterSetting(click.ParamType):  # type: ignore[type-arg]
+class ParameterSetting(click.ParamType):
     """NAME[@MODEL][=VALUE][:KEY=VALUE]...; converts to (name, number of the model or None, setting)."""
 
     name = "parameter"
