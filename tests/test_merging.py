@@ -36,7 +36,7 @@ def tuned(arrays: Arrays, seed: int, spread: float = 0.01) -> Arrays:
 
 
 def save_models(folder: Path, arrays: Arrays, count: int) -> list[Path]:
-    return [save(folder / f"{n}.safetensors", tuned(arrays, 1000 * n), {"format": "pt"}) for n in range(count)]
+    return [save(folder / f"m{n}.safetensors", tuned(arrays, 1000 * n), {"format": "pt"}) for n in range(count)]
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_web_uis_find_what_they_expect(sd1, tmp_path: Path) -> None:
     assert [recipe["secondary_model_hash"], recipe["tertiary_model_hash"]] == [sha(path) for path in sd1]
     assert set(models) == {sha(tmp_path / "one.safetensors"), *map(sha, sd1)}
     assert models[sha(tmp_path / "one.safetensors")]["sd_merge_recipe"]["multiplier"] == 0.25
-    assert found["modelspec.title"] == "add_difference: one + 0 + 1"
+    assert found["modelspec.title"] == "add_difference: one + m0 + m1"
 
 
 def test_without_a_recipe_nothing_tells_of_the_models(sd1, tmp_path: Path) -> None:

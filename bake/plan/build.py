@@ -22,7 +22,7 @@ from bake.plan.files import plan_files, plan_side_files
 from bake.plan.heads import base_of, settle_heads
 from bake.plan.match import AdapterMatcher, Matching
 from bake.plan.model import AdapterUse, Input, Plan
-from bake.plan.recipe import EVERY, AdapterChoice, Recipe, is_text_encoder
+from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
 from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_unmatched
 
 _EMA = "model_ema."  # where training code keeps averaged weights
@@ -83,7 +83,7 @@ def build_plan(recipe: Recipe) -> Plan:
             skipped=tuple(matching.skipped),
             notes=(*_notes(recipe, checkpoint, uses, matching), *embedding_notes(recipe, adapters, embeddings)),
             settings={
-                "dtype": _plain_dtype(recipe),
+                "dtype": recipe.plain_dtype,
                 "only": list(recipe.only),
                 "allow_unmatched": recipe.allow_unmatched,
                 "embeddings": recipe.embeddings,
@@ -96,12 +96,6 @@ def build_plan(recipe: Recipe) -> Plan:
             rounding=recipe.rounding,
             seed=recipe.seed,
         )
-
-
-def _plain_dtype(recipe: Recipe) -> str | dict[str, str]:
-    """The dtypes as JSON data, in one way for requests that mean the same."""
-    dtypes = dict(sorted(recipe.dtypes.items()))
-    return dtypes.get(EVERY, "keep") if dtypes.keys() <= {EVERY} else dtypes
 
 
 def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:

@@ -27,6 +27,7 @@ _FIRST_LAYERS = ("input_blocks.0.0.weight", "conv_in.weight")  # of a UNet: inpa
 _LATENT_CHANNELS = 4
 # Constants that models carry, and that newer versions of the same model leave out.
 _CONSTANTS = ("position_ids", "rotary_emb.inv_freq", "attn.masked_bias")
+_VOCABULARIES = ("embed", "wte", "shared", "head")  # part of the names of tensors with a row for each word
 _MASK = "attn.bias"  # of GPT-2, a mask with four axes
 
 
@@ -230,7 +231,9 @@ class Counterparts:
         info, tensors = self._first.base.tensors[full], self._other.base.tensors
         stored = " + ".join(f"{piece.tensor} {list(tensors[piece.tensor].shape)}" for piece in pieces)
         rest = [list(tensors[piece.tensor].shape[1:]) for piece in pieces]
-        is_vocabulary = len(info.shape) == 2 and rest == [list(info.shape[1:])] and "embed" in full + pieces[0].tensor
+        is_vocabulary = (
+            len(info.shape) == 2 and rest == [list(info.shape[1:])] and any(each in full for each in _VOCABULARIES)
+        )
         why = "Their vocabularies differ" if is_vocabulary else "They are models of different sizes or variants"
         return ShapeMismatch(
             f"{full} is {list(info.shape)} in {self._first.name}, and {stored} in {self._other.name}. {why}, and "

@@ -108,7 +108,7 @@ def build_merge_plan(recipe: MergeRecipe) -> Plan:
             skipped=(),
             notes=tuple(steps.notes()),
             settings={
-                "dtype": recipe.dtype if isinstance(recipe.dtype, str) else dict(sorted(recipe.dtype.items())),
+                "dtype": output.plain_dtype,
                 "only": list(recipe.only),
                 "allow_missing": recipe.allow_missing,
                 "rounding": recipe.rounding,

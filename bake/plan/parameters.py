@@ -97,8 +97,10 @@ def _each(setting: Setting) -> Sequence[Any]:
 
 
 def permuted(setting: Setting, order: Sequence[int]) -> Setting:
-    """A setting with one value for each model, these in the `order` of the models."""
-    return [setting[place] for place in order] if isinstance(setting, (list, tuple)) else setting
+    """A setting with one value for each model, these in the `order` of the models. A wrong number stays as it is."""
+    if not isinstance(setting, (list, tuple)) or len(setting) != len(order):
+        return setting
+    return [setting[place] for place in order]
 
 
 def setting_to_json(setting: Setting) -> Any:
