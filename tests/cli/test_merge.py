@@ -47,9 +47,11 @@ def test_a_parameter_is_read_as_it_is_meant(text: str, expected: tuple[str, int 
 
 @pytest.mark.parametrize(
     "text",
-    ["alpha", "=1", "alpha@x=1", "vote=count:te=1", "alpha=1,2:te=1", "alpha=1:te", "alpha=1:te=1:te=2", "alpha:te=much",
-     "alpha:blocks=mecha", "alpha:lbw=NO_SUCH_PRESET"],
-)  # fmt: skip
+    [
+        *("alpha", "=1", "alpha@x=1", "vote=count:te=1", "alpha=1,2:te=1", "alpha=1:te", "alpha=1:te=1:te=2"),
+        *("alpha:te=much", "alpha:blocks=mecha", "alpha:lbw=NO_SUCH_PRESET"),
+    ],
+)
 def test_what_is_none_is_refused(text: str) -> None:
     with pytest.raises((click.BadParameter, UsageError)):
         ParameterSetting().convert(text, None, None)
