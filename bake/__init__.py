@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bake.api import Result, build_plan, check_output, fuse, run_plan
     from bake.errors import BakeError
     from bake.inspection import inspect
+    from bake.merging import build_merge_plan, merge
     from bake.plan.model import Plan
     from bake.plan.recipe import AdapterChoice
     from bake.plan.selection import Selection
@@ -29,10 +30,12 @@ __all__ = [
     "Report",
     "Result",
     "Selection",
+    "build_merge_plan",
     "build_plan",
     "check_output",
     "fuse",
     "inspect",
+    "merge",
     "run_plan",
 ]
 
@@ -43,10 +46,12 @@ _HOMES = {
     "Report": "bake.verify.report",
     "Result": "bake.api",
     "Selection": "bake.plan.selection",
+    "build_merge_plan": "bake.merging",
     "build_plan": "bake.api",
     "check_output": "bake.api",
     "fuse": "bake.api",
     "inspect": "bake.inspection",
+    "merge": "bake.merging",
     "run_plan": "bake.api",
 }
 

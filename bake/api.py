@@ -29,7 +29,8 @@ from bake.io.tensorfile import open_tensors
 from bake.io.writeback import Writeback
 from bake.plan.build import build_plan as plan_recipe
 from bake.plan.embeddings import embeddings_folder
-from bake.plan.model import FilePlan, Plan
+from bake.plan.merge import MergeRecipe, build_merge_plan
+from bake.plan.model import FilePlan, Plan, Stored, TensorPlan
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.record import RECIPE_KEY, file_metadata
 from bake.plan.replay import recipe_from_record
@@ -261,6 +262,8 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) 
     if not is_folder and target.suffix != ".safetensors":
         raise UsageError(f"{target}: the output is a safetensors file; let its name end in .safetensors")
     inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
+    if plan.merge is not None:
+        inputs += [model.path for model in plan.merge.models if model.path.is_dir()]
     with inputs_only():
         needed = output_bytes(plan)
         if plan.base.is_dir() and lies_in(target.absolute().parent, plan.base):
@@ -281,28 +284,35 @@ def output_bytes(plan: Plan) -> int:
 
 
 def input_bytes(plan: Plan) -> int:
-    """Bytes of tensor data that the run reads: the base once, every factor used, and embeddings."""
+    """Bytes of tensor data that the run reads, counted once: of base or models, every factor used, and embeddings."""
     stored = [each for _, tensor in plan.tensors() for term in tensor.terms for each in term.factors.values()]
     stored += [vectors.stored for embedding in plan.embeddings for vectors in embedding.vectors]
     factors = {(each.input, each.name): each.span[1] - each.span[0] for each in stored}
-    base = sum(tensor.source.span[1] - tensor.source.span[0] for _, tensor in plan.tensors() if not tensor.is_given)
-    return base + sum(factors.values())
+    read = [each for _, tensor in plan.tensors() if not tensor.is_given for each in _sources(tensor)]
+    return sum(each.span[1] - each.span[0] for each in read) + sum(factors.values())
+
+
+def _sources(tensor: TensorPlan) -> list[Stored]:
+    """What the values of a tensor come from that terms may change."""
+    if tensor.merge is None:
+        return [tensor.source]
+    return [stored for share in tensor.merge.shares for stored in share.stored]
 
 
 def _data_bytes(file: FilePlan) -> int:
     return file.tensors[-1].span[1] if file.tensors else 0
 
 
-def _header(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None) -> bytes:
+def _header(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None, at_least: int = 0) -> bytes:
     tensors = {tensor.name: TensorInfo(tensor.dtype, tensor.shape, *tensor.span) for tensor in file.tensors}
-    return build_header(tensors, file_metadata(plan, file, digests, __version__))
+    return build_header(tensors, file_metadata(plan, file, digests, __version__), at_least)
 
 
 def _write_headers(plan: Plan, targets: Mapping[str, Target], digests: Sequence[Digest]) -> None:
     """Write the headers, last: until then a draft cannot be mistaken for a checkpoint."""
     for file in plan.files:
-        header = _header(plan, file, digests)
         target = targets[file.relative]
+        header = _header(plan, file, digests, target.data_start)  # models that are the same are recorded once
         if len(header) != target.data_start:
             raise AssertionError(f"the header of {file.relative or 'the output'} changed its length")
         descriptor = open_for_writing(target.path)
@@ -345,7 +355,7 @@ def check_output(
             folders = [*map(Path, search), Path(os.path.realpath(path)).parent, Path.cwd()]
             recipe = recipe_from_record(stored_recipe(path), folders, str(path))
             try:
-                plan = plan_recipe(recipe)
+                plan = build_merge_plan(recipe) if isinstance(recipe, MergeRecipe) else plan_recipe(recipe)
             except UsageError as error:  # nobody typed it
                 raise InputError(f"{path}: its recipe cannot be replayed: {error.message}", path=str(path)) from None
         else:

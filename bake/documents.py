@@ -8,8 +8,9 @@ from typing import Any
 
 from bake.api import Result, input_bytes, output_bytes
 from bake.errors import BakeError
+from bake.merges import Method
 from bake.plan.embeddings import embeddings_folder
-from bake.plan.model import EmbeddingPlan, Plan
+from bake.plan.model import EmbeddingPlan, Merging, Plan
 from bake.verify.report import Report
 
 SCHEMA = 1
@@ -46,6 +47,28 @@ def report_document(output: Path, report: Report) -> dict[str, Any]:
     return {"schema": SCHEMA, "output": str(output), **report.to_json()}
 
 
+def method_document(method: Method) -> dict[str, Any]:
+    """What `bake merge --list` says of a method."""
+    return {
+        "name": method.name,
+        "meaning": method.meaning,
+        "formula": method.formula,
+        "models": method.models,
+        "reach": method.reach,
+        "symmetric": method.symmetric,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "meaning": parameter.meaning,
+                "range": parameter.span,
+                "default": parameter.default,
+                "per_model": parameter.per_model,
+            }
+            for parameter in method.parameters
+        ],
+    }
+
+
 def error_document(error: BakeError, exit_code: int | None = None) -> dict[str, Any]:
     """What any command says when it refuses."""
     return {
@@ -64,6 +87,7 @@ def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
         "family": plan.family,
         "layout": plan.layout,
         "variant": plan.variant,
+        **({} if plan.merge is None else {"merge": _merge(plan.merge)}),
         "adapters": [
             {
                 "name": use.name,
@@ -101,11 +125,30 @@ def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
 
 def tensor_counts(plan: Plan) -> dict[str, int]:
     """How many output tensors are made in which way; each counts once."""
+    if plan.merge is not None:
+        return _merged_counts(plan, plan.merge.method)
     counts = dict.fromkeys(("fused", "grown", "converted", "copied"), 0)
     for _, tensor in plan.tensors():
         how = "fused" if tensor.terms else "grown" if tensor.appended else "copied" if tensor.is_copy else "converted"
         counts[how] += 1
     return counts
+
+
+def _merged_counts(plan: Plan, method: str) -> dict[str, int]:
+    """The same for a merge. What is one model's and only rounded anew, or put together anew, counts as converted."""
+    counts = dict.fromkeys(("merged", "converted", "copied"), 0)
+    for _, tensor in plan.tensors():
+        how = "copied" if tensor.merge is None else "merged" if tensor.merge.method == method else "converted"
+        counts[how] += 1
+    return counts
+
+
+def _merge(merge: Merging) -> dict[str, Any]:
+    return {
+        "method": merge.method,
+        "models": [{"name": model.path.name, "role": model.role, "layout": model.layout} for model in merge.models],
+        "parameters": merge.parameters,
+    }
 
 
 def embedding_file(embedding: EmbeddingPlan, output: Path | None) -> str | None:

@@ -30,7 +30,7 @@ from bake.errors import BakeError
 from bake.io.header import build_header, header_length, lay_out, parse_header
 from bake.io.tensorfile import open_tensors, read_tensor_bytes
 from bake.plan.prompt import LoraFolder, choices_from_prompt, parse_prompt
-from bake.plan.record import PLACEHOLDER, RECIPE_KEY, file_metadata
+from bake.plan.record import RECIPE_KEY, file_metadata
 from bake.plan.replay import recipe_from_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +165,7 @@ def _plan(base: Path, *adapters: Path, **what: Any) -> None:
     json.dumps(plan_document(plan, None, full=True), default=str)
     for file in plan.files:
         header = {tensor.name: (tensor.dtype, tensor.shape) for tensor in file.tensors}
-        metadata = file_metadata(plan, file, [PLACEHOLDER] * len(plan.inputs), "0")
+        metadata = file_metadata(plan, file, None, "0")
         build_header(lay_out((name, *info) for name, info in header.items()), metadata)
 
 

@@ -2,8 +2,9 @@
 
     python scripts/gen_docs.py [--check]
 
-docs/cli.md is generated whole, from the commands themselves. In README.md, docs/formats.md and docs/blocks.md
-the blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the tables in bake/keys and bake/plan.
+docs/cli.md is generated whole, from the commands themselves. In README.md, docs/formats.md, docs/blocks.md and
+docs/merging.md the blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the tables in bake/keys,
+bake/plan and bake/merges.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bake.identify.families import FAMILIES, Family
 from bake.keys.blocks import EXTENDED, FULL, LISTS, SCHEMES, scheme_for, split_number
 from bake.keys.dialects import PREFIXES, Prefix
 from bake.keys.factors import ALGORITHMS, SCALARS, SUFFIXES, Algorithm, split_key
+from bake.merges import METHODS, Parameter
 from bake.plan.presets import ALIASES, PRESETS
 from bake.plan.recipe import is_text_encoder
 
@@ -183,6 +185,28 @@ def block_schemes() -> str:
     )
 
 
+def merge_methods() -> str:
+    """What each merge method is."""
+    rows = [
+        (f"`{row.name}`", row.meaning, f"`{row.formula}`", row.models, row.reach, row.peers) for row in METHODS.values()
+    ]
+    return table(("method", "what it makes", "formula", "models", "reach", "elsewhere"), rows)
+
+
+def merge_parameters() -> str:
+    """The parameters of each merge method; methods with the same ones share a line."""
+    owners: dict[Parameter, list[str]] = {}
+    for method in METHODS.values():
+        for parameter in method.parameters:
+            owners.setdefault(parameter, []).append(f"`{method.name}`")
+    rows = []
+    for parameter, names in owners.items():
+        default = "to be given" if parameter.default is None else str(parameter.default).lower()
+        each = "; for each model" if parameter.per_model else ""
+        rows.append((f"`{parameter.name}`", ", ".join(names), parameter.meaning + each, parameter.span, default))
+    return table(("parameter", "of", "meaning", "range", "default"), sorted(rows))
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "algorithms": algorithms,
     "prefixes": prefixes,
@@ -192,6 +216,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "block-lists": block_lists,
     "block-presets": block_presets,
     "block-schemes": block_schemes,
+    "merge-methods": merge_methods,
+    "merge-parameters": merge_parameters,
 }
 
 
@@ -244,7 +270,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if a page is stale")
     check = parser.parse_args().check
     pages = {ROOT / "docs" / "cli.md": command_page()}
-    for path in (ROOT / "README.md", ROOT / "docs" / "formats.md", ROOT / "docs" / "blocks.md"):
+    for page in ("README.md", "docs/formats.md", "docs/blocks.md", "docs/merging.md"):
+        path = ROOT / page
         pages[path] = fill(path.read_text(encoding="utf-8"))
     for path, content in pages.items():
         if check and (not path.is_file() or path.read_text(encoding="utf-8") != content):

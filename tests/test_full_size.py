@@ -97,3 +97,19 @@ def test_many_loras_cost_no_more_memory_than_one(sd15: Path, big_space: Path) ->
     _, one = measured("fuse", sd15, *loras[:2], "-o", big_space / "one.safetensors")
     _, five = measured("fuse", sd15, *loras, "-o", big_space / "five.safetensors")
     assert five < one + 200 * 2**20
+
+
+def test_sdxl_merges_in_bounded_memory_and_more_models_need_no_more(big_space: Path) -> None:
+    models = []
+    for number in range(3):
+        path = write_random(big_space / f"{number}.safetensors", layouts.sdxl())
+        with path.open("r+b") as file:  # different content
+            file.seek(-2 * number - 2, 2)
+            file.write(np.float16(0.5).tobytes())
+        models.append(path)
+    out = big_space / "out.safetensors"
+    done, two = measured("merge", "weighted_sum", *models[:2], "-p", "alpha=0.3", "-o", out)
+    assert done["verification"]["equal_share"] == 1
+    assert two < 1.5 * 2**30
+    _, three = measured("merge", "linear", *models, "-o", out, "--overwrite")
+    assert three < two + 100 * 2**20

@@ -24,28 +24,46 @@ ALLOWED = {
     "io": {"errors", "dtypes", "interrupts", "sizes"},
     "keys": {"errors"},
     "adapters": {"errors"},
+    "merges": {"errors", "draws"},
     "identify": {"errors", "io", "keys"},
-    "plan": {"errors", "dtypes", "garbage", "io", "keys", "identify"},
-    "execute": {"errors", "dtypes", "draws", "garbage", "interrupts", "io", "keys", "plan", "adapters", "progress"},
-    "verify": {"errors", "dtypes", "draws", "io", "keys", "plan", "adapters", "progress"},
+    "plan": {"errors", "dtypes", "garbage", "io", "keys", "identify", "merges"},
+    "execute": {
+        "errors",
+        "dtypes",
+        "draws",
+        "garbage",
+        "interrupts",
+        "sizes",
+        "io",
+        "keys",
+        "plan",
+        "adapters",
+        "merges",
+        "progress",
+    },
+    "verify": {"errors", "dtypes", "draws", "io", "keys", "plan", "adapters", "merges", "progress"},
     "api": {"errors", "interrupts", "io", "plan", "execute", "verify", "progress"},
+    "merging": {"api", "plan", "execute", "progress"},
     "doctor": {"errors", "io", "keys", "identify", "plan"},
     "norms": {"errors", "io", "keys", "identify", "adapters"},
     "inspection": {"errors", "io", "keys", "identify", "plan", "doctor", "norms"},
     "bugreport": {"errors", "io", "keys", "inspection"},
-    "documents": {"errors", "api", "plan", "verify"},
+    "documents": {"errors", "api", "plan", "verify", "merges"},
     "cli": {
-        *("errors", "dtypes", "interrupts", "sizes", "progress", "identify", "plan", "verify"),
-        *("api", "documents", "inspection", "bugreport"),
+        *("errors", "dtypes", "interrupts", "sizes", "progress", "identify", "plan", "verify", "merges"),
+        *("api", "documents", "inspection", "bugreport", "merging"),
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "interrupts", "sizes", "progress", "keys", "plan")
+# The table, and the methods that are coefficients alone: bake.merges.combination uses them on tensors.
+MERGES_WITHOUT_TORCH = ("__init__", "method", "rules", "slerp", "multislerp", "karcher")
 WITH_TORCH = {
     PACKAGE / "draws.py",
     PACKAGE / "io" / "payload.py",
     PACKAGE / "io" / "pickled.py",
     PACKAGE / "execute" / "appended.py",
     PACKAGE / "execute" / "compute.py",
+    *(PACKAGE / "execute" / "merging" / f"{name}.py" for name in ("pipeline", "reader", "work")),
     PACKAGE / "execute" / "device.py",
     PACKAGE / "execute" / "narrow.py",
     PACKAGE / "execute" / "pipeline.py",
@@ -59,6 +77,7 @@ WITH_TORCH = {
     PACKAGE / "cli" / "env.py",
     PACKAGE / "norms.py",
     *(PACKAGE / "adapters").glob("*.py"),
+    *(path for path in (PACKAGE / "merges").glob("*.py") if path.stem not in MERGES_WITHOUT_TORCH),
 }
 
 
@@ -106,6 +125,8 @@ def test_torch_is_imported_where_payload_is_touched_and_nowhere_else(path: Path)
     [
         ["--help"],
         ["fuse", "--help"],
+        ["merge", "--list"],
+        ["merge", "weighted_sum", str(SD1_BASE), str(SD1_BASE), "--dry-run"],
         ["plan", str(SD1_BASE), "-l", str(KOHYA_LORA)],
         ["inspect", str(KOHYA_LORA), "--against", str(SD1_BASE)],
         ["inspect", str(SD1_BASE), "--json"],

@@ -23,6 +23,7 @@ from bake.interrupts import RESUMABLE, Stopped, check, finished, forget, kept, l
 # name -> module; `bake --help` lists them in this order
 COMMANDS = {
     "fuse": "bake.cli.fuse",
+    "merge": "bake.cli.merge",
     "plan": "bake.cli.plan",
     "inspect": "bake.cli.inspect",
     "verify": "bake.cli.verify",
@@ -31,6 +32,7 @@ COMMANDS = {
 }
 _SUMMARIES = {
     "fuse": "Fuse adapters into BASE and write a new checkpoint.",
+    "merge": "Merge MODELs by METHOD and write a new checkpoint.",
     "plan": "Say what fuse would do with BASE, from headers alone.",
     "inspect": "Say what FILE is and what is inside.",
     "verify": "Recompute OUTPUT from its inputs in float64 and compare.",
@@ -63,10 +65,11 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"auto_envvar_prefix": "BAKE", "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="bake")
 def cli() -> None:
-    """Fuse LoRAs into model checkpoints, offline and provably.
+    """Fuse LoRAs into model checkpoints and merge these with each other, offline and provably.
 
     \b
     bake fuse base.safetensors -l style.safetensors:0.8 -o fused.safetensors
+    bake merge weighted_sum a.safetensors b.safetensors -p alpha=0.3 -o merged.safetensors
 
     Exit codes: 0 done, 1 a bug in bake, 2 usage, 3 unreadable input, 4 adapter modules unmatched,
     5 shapes or families that do not fit, 6 recognised but not supported, 7 non-finite numbers,

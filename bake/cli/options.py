@@ -20,7 +20,7 @@ from bake.sizes import parse_size
 F = TypeVar("F", bound=Callable[..., Any])
 _WEIGHT_KEYS = ("te", "unet")
 # What -l calls it -> what Selection.parse does. lbwe= takes the rest of the word.
-_SELECTION_KEYS = {"lbw": "values", "blocks": "scheme", "names": "names", "gradient": "gradient", "lbwe": "rules"}
+SELECTION_KEYS = {"lbw": "values", "blocks": "scheme", "names": "names", "gradient": "gradient", "lbwe": "rules"}
 _RULES = ":lbwe="
 _DTYPES = ("keep", *OUTPUT_DTYPES)
 
@@ -46,16 +46,16 @@ class Weighted(click.ParamType):
             if equals:
                 if key in STEPS:
                     raise Unsupported(f"{value}: {key}= switches a LoRA during sampling; a checkpoint cannot do that")
-                if key not in (*_WEIGHT_KEYS, "dyn", *_SELECTION_KEYS):
-                    known = ", ".join(f"{each}=" for each in (*_WEIGHT_KEYS, "dyn", *_SELECTION_KEYS))
+                if key not in (*_WEIGHT_KEYS, "dyn", *SELECTION_KEYS):
+                    known = ", ".join(f"{each}=" for each in (*_WEIGHT_KEYS, "dyn", *SELECTION_KEYS))
                     self.fail(f"{value}: unknown setting {key}=; known are {known}", param, ctx)
                 if key in named or key in selected:
                     self.fail(f"{value}: {key}= is given twice", param, ctx)
-                if key in _SELECTION_KEYS:
+                if key in SELECTION_KEYS:
                     selected[key] = setting
                 else:
                     named[key] = self._number(setting, value, param, ctx)
-            elif _is_number(last):
+            elif is_number(last):
                 if weight is not None:
                     self.fail(f"{value}: two weights; use te= and unet= for different ones", param, ctx)
                 weight = self._number(last, value, param, ctx)
@@ -84,17 +84,18 @@ class Weighted(click.ParamType):
         if "blocks" in selected and "lbw" not in selected:
             self.fail(f"{value}: blocks= says how lbw= is read, and there is no lbw=", param, ctx)
         try:
-            return Selection.parse(**{_SELECTION_KEYS[key]: setting for key, setting in selected.items()})
+            return Selection.parse(**{SELECTION_KEYS[key]: setting for key, setting in selected.items()})
         except UsageError as error:
             self.fail(f"{value}: {error.message}", param, ctx)
 
     def _number(self, text: str, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if not _is_number(text) or not math.isfinite(float(text)):
+        if not is_number(text) or not math.isfinite(float(text)):
             self.fail(f"{value}: {text!r} is not a finite number", param, ctx)
         return float(text)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """True for what Python reads as a number."""
     try:
         float(text)
     except ValueError:
@@ -175,6 +176,16 @@ adapter_options = stack(
     ),
 )
 
+wide_dtypes_option = click.option(
+    *("--dtype", "dtypes"),
+    type=ComponentDtype(),
+    multiple=True,
+    metavar="[COMPONENT=]DTYPE",
+    help="Stored dtype of the output's floats, or of one component's (unet=..., te=..., vae=...): "
+    f"{', '.join(name for name in _DTYPES if '_scaled' not in name)}. Default: keep, every tensor in that of the first "
+    "model. Repeatable.",
+)
+
 cast_options = stack(
     click.option(
         *("--dtype", "dtypes"),
@@ -205,6 +216,13 @@ embeddings_option = click.option(
     "OUTPUT.embeddings, add makes them words of a diffusers folder's tokenizer and text encoder, drop leaves them out.",
 )
 
+metadata_options = stack(
+    click.option(
+        "--metadata", multiple=True, type=KeyValue(), metavar="KEY=VALUE", help="Add to the output's metadata."
+    ),
+    click.option("--no-recipe", is_flag=True, help="Leave names, weights and digests of the inputs out of the output."),
+)
+
 recipe_options = stack(
     click.option(
         "--also",
@@ -232,10 +250,7 @@ recipe_options = stack(
         "it they are refused in every tensor that is computed; tensors that are only copied are not looked at.",
     ),
     embeddings_option,
-    click.option(
-        "--metadata", multiple=True, type=KeyValue(), metavar="KEY=VALUE", help="Add to the output's metadata."
-    ),
-    click.option("--no-recipe", is_flag=True, help="Leave names, weights and digests of the inputs out of the output."),
+    metadata_options,
 )
 
 run_options = stack(

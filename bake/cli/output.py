@@ -14,10 +14,21 @@ import click
 
 from bake.api import Result, output_bytes
 from bake.cli.text import printable
-from bake.documents import embedding_file, plan_document, report_document, result_document, tensor_counts
+from bake.documents import (
+    SCHEMA,
+    embedding_file,
+    method_document,
+    plan_document,
+    report_document,
+    result_document,
+    tensor_counts,
+)
+from bake.errors import UsageError
 from bake.identify.families import title
-from bake.plan.model import EmbeddingPlan, Plan
+from bake.merges import METHODS
+from bake.plan.model import EmbeddingPlan, Merging, Plan
 from bake.plan.recipe import is_text_encoder
+from bake.plan.selection import Selection
 from bake.progress import Progress, Silent
 from bake.sizes import format_bytes
 from bake.verify.report import Report
@@ -118,6 +129,9 @@ class Output:
                 self.line("wrong", finding)
 
     def _describe(self, plan: Plan, output: Path | None) -> None:
+        if plan.merge is not None:
+            self._describe_merge(plan, plan.merge)
+            return
         variant = f" {plan.variant}" if plan.variant else ""
         count = sum(len(file.tensors) for file in plan.files)
         self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {plan.layout} layout, {count} tensors")
@@ -146,11 +160,50 @@ class Output:
         for note in plan.notes:
             self.line("note", note)
 
+    def _describe_merge(self, plan: Plan, merge: Merging) -> None:
+        method, variant = METHODS[merge.method], f" {plan.variant}" if plan.variant else ""
+        self.line("method", f"{method.name}: {method.meaning}")
+        self.line("family", f"{title(plan.family)}{variant}")
+        for model in merge.models:
+            self.line(model.role, f"{model.path.name}, {model.layout} layout")
+        for name, setting in merge.parameters.items():
+            self.line(name, _setting(setting))
+        covered = ", ".join(
+            f"{_component_label(name, plan)} {part.matched}/{part.total}" for name, part in plan.components.items()
+        )
+        self.line("merged", covered)
+        for note in plan.notes:
+            self.line("note", note)
+
+    def show_methods(self, name: str | None) -> None:
+        """The merge methods, or what one of them takes."""
+        chosen = (
+            list(METHODS.values()) if name is None else [method for method in METHODS.values() if method.name == name]
+        )
+        if not chosen:
+            raise UsageError(f"there is no merge method {name!r}; there are {', '.join(METHODS)}")
+        if self.as_json:
+            self.document({"schema": SCHEMA, "methods": [method_document(method) for method in chosen]})
+            return
+        width = max(len(method.name) for method in chosen)
+        for method in chosen:
+            click.echo(f"{method.name:<{width}}  {method.meaning} ({method.models})")
+            if name is None:
+                continue
+            click.echo(f"  {method.formula}")
+            for parameter in method.parameters:
+                each = ", for each model" if parameter.per_model else ""
+                default = "has to be given" if parameter.default is None else f"default {_setting(parameter.default)}"
+                click.echo(f"  -p {parameter.name}  {parameter.meaning}{each}: {parameter.span}; {default}")
+
     def _list_tensors(self, plan: Plan) -> None:
         for file, tensor in plan.tensors():
             if not tensor.is_copy:
                 shape = "x".join(map(str, tensor.shape))
                 terms = ", ".join(f"{term.module} * {term.scale * term.weight:g}" for term in tensor.terms)
+                if tensor.merge is not None:
+                    given = ", ".join(f"{key}={_setting(value)}" for key, value in tensor.merge.parameters.items())
+                    terms = f"{tensor.merge.method} {given}".strip()
                 where = f"{file.relative}:" if file.relative else ""
                 click.echo(f"  {where}{tensor.name} {tensor.dtype} {shape}: {terms}")
 
@@ -180,8 +233,23 @@ def _component_label(name: str, plan: Plan) -> str:
     return "te" if name == "te1" and sum(map(is_text_encoder, owners)) == 1 else name
 
 
+def _setting(setting: Any) -> str:
+    """The value of a parameter, for people."""
+    if isinstance(setting, (list, tuple)):
+        return ", ".join(map(_setting, setting))
+    if isinstance(setting, dict):
+        chosen = Selection.from_json(setting)
+        parts = ["" if chosen.number is None else f"{chosen.number:g}", str(chosen)]
+        parts[1:1] = [f"{name}={ratio:g}" for name, ratio in chosen.components]
+        return " ".join(filter(None, parts))
+    return str(setting).lower() if isinstance(setting, (bool, str)) else f"{setting:g}"
+
+
 def _tensor_counts(plan: Plan) -> str:
     counts = tensor_counts(plan)
+    if plan.merge is not None:
+        between = f"{counts['converted']} converted, " if counts["converted"] else ""
+        return f"{counts['merged']} tensors merged, {between}{counts['copied']} copied unchanged"
     between = "".join(f"{counts[how]} {how}, " for how in ("grown", "converted") if counts[how])
     return f"{counts['fused']} tensors fused, {between}{counts['copied']} copied unchanged"
 

@@ -18,6 +18,7 @@ from bake.plan.model import FilePlan, Plan
 from bake.progress import Progress
 
 if TYPE_CHECKING:
+    from bake.execute.merging.pipeline import MergeRun
     from bake.execute.plain.pipeline import PlainRun
 
 _COPY_BUFFER = 4 * 1024 * 1024
@@ -49,7 +50,13 @@ class Execution:
         self._task = Task(plan, targets, files, options, progress, outgrows_memory(plan), journal)
         self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
         self._plain: PlainRun | None = None
-        if self._computes:
+        self._merge: MergeRun | None = None
+        if self._computes and plan.merge is not None:
+            with without_collecting():
+                from bake.execute.merging.pipeline import MergeRun  # brings torch
+
+            self._merge = MergeRun(self._task)
+        elif self._computes:
             from bake.execute.plain.pipeline import PlainRun, suits  # brings NumPy
 
             if suits(plan, options.device):
@@ -62,15 +69,17 @@ class Execution:
         Whatever is raised, nobody is at work any more.
         """
         task = self._task
-        task.progress.start("fusing", task.plan.data_bytes)
+        task.progress.start("fusing" if task.plan.merge is None else "merging", task.plan.data_bytes)
         task.team.start("copier", lambda: _copy_untouched(task))
         found: list[tuple[str, Survival]] = []
         left: set[tuple[str, str]] | None = None  # tensors (file, name) that need torch; None: all
         clamped: dict[str, dict[str, int]] = {}
         try:
-            if self._plain is not None:
+            if self._merge is not None:
+                clamped = self._merge.join()
+            elif self._plain is not None:
                 found, left = self._plain.join()
-            if self._computes and (left is None or left):
+            if self._merge is None and self._computes and (left is None or left):
                 with without_collecting():
                     from bake.execute.pipeline import Pipeline  # brings torch
 
@@ -86,8 +95,9 @@ class Execution:
 
     def stop(self) -> None:
         """End the workers that are processes, if they have not ended."""
-        if self._plain is not None:
-            self._plain.stop()
+        for run in (self._plain, self._merge):
+            if run is not None:
+                run.stop()
 
     def __enter__(self) -> Execution:
         return self

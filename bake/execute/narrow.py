@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,9 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if values.dtype != torch.float64 or dtype.itemsize >= 4:
         return values.to(dtype)
+    if dtype == torch.float16 and values.is_cpu:  # NumPy does it in one step; a few values take a hundredth of the time
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(values.numpy().astype(np.float16))
     nearest = values.to(torch.float32)
     exact = nearest.to(torch.float64)
     bits = nearest.view(torch.int32)

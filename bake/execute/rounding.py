@@ -6,10 +6,11 @@ where the lower and the upper end of that interval round to the same number, v d
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bake.dtypes import DTYPES
@@ -98,8 +99,18 @@ def differing(one: Tensor, two: Tensor) -> Tensor:
     kind = INTEGERS[one.element_size()]
     left, right = one.view(-1).view(kind), two.view(-1).view(kind)
     if left.is_cpu:  # ten times as fast there
-        return torch.from_numpy(np.flatnonzero(left.numpy() != right.numpy()))
+        return torch.from_numpy(_unequal(left.numpy(), right.numpy()))
     return (left != right).nonzero().view(-1)
+
+
+def _unequal(one: NDArray[Any], two: NDArray[Any]) -> NDArray[np.int64]:
+    """The places at which two vectors of integers differ; eight bytes at a time, as nearly all are equal."""
+    each = 8 // one.itemsize
+    end = len(one) // each * each
+    words = np.flatnonzero(one[:end].view(np.int64) != two[:end].view(np.int64))
+    near = np.append((words[:, None] * each + np.arange(each)).reshape(-1), np.arange(end, len(one)))
+    places: NDArray[np.int64] = near[one[near] != two[near]]
+    return places
 
 
 def has_nonfinite(values: Tensor) -> bool:

@@ -115,7 +115,8 @@ def identify_checkpoint(checkpoint: Checkpoint) -> BaseIdentity:
 
 def _component_of_folder(folder: str, shapes: Mapping[str, Shape]) -> Component:
     name = _DIFFUSERS_FOLDERS.get(folder, folder)
-    naming = _text_encoder_naming(shapes) if name in _ANY_T5 else _model_naming(shapes)
+    kind = "te" if name in _ANY_T5 else "vae" if name == "vae" else "model"
+    naming = _KINDS[kind](shapes)
     if naming == "stable-cascade" and folder == "prior":
         name = "unet"  # stage C, which adapters are made for
     if naming is None:
@@ -131,7 +132,7 @@ def _components_of_file(group: str, shapes: Mapping[str, Shape]) -> list[Compone
         if not prefix and (kind != "model" or any(other.naming in _DIFFUSION_MODELS for other in found)) and found:
             continue
         inside = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-        naming = {"model": _model_naming, "te": _text_encoder_naming, "vae": _vae_naming}[kind](inside)
+        naming = _KINDS[kind](inside)
         if naming is None and prefix in encoders:
             naming = "language model"
         if naming is not None:
@@ -183,7 +184,10 @@ def _text_encoder_naming(names: Mapping[str, Shape]) -> str | None:
 
 
 def _vae_naming(names: Mapping[str, Shape]) -> str | None:
-    return "plain" if any(sentinel in names for sentinel in _VAES) else None
+    return "vae" if any(sentinel in names for sentinel in _VAES) else None
+
+
+_KINDS = {"model": _model_naming, "te": _text_encoder_naming, "vae": _vae_naming}
 
 
 def _text_encoder_slot(naming: str, names: Mapping[str, Shape]) -> str:

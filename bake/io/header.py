@@ -170,8 +170,8 @@ def _is_aligned(info: TensorInfo) -> bool:
     return info.begin % max(1, DTYPES[info.dtype].bits // 8) == 0
 
 
-def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data section: length, then JSON padded with spaces to a multiple of 8.
+def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], at_least: int = 0) -> bytes:
+    """The bytes before the data section, `at_least` so many: length, then JSON padded with spaces to a multiple of 8.
 
     Begins with `{"`, which some web UIs insist on; metadata keys are sorted and nothing depends on
     hash order or time, so equal input gives equal bytes.
@@ -180,6 +180,7 @@ def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     for name, info in tensors.items():
         entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.begin, info.end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = text.ljust(at_least - 8)
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise HeaderError(f"the output's header would take {len(text)} bytes, the format allows {MAX_HEADER_BYTES}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from bake.keys import cascade, clip, hf, t5, tables, unet
+from bake.keys import cascade, clip, hf, t5, tables, unet, vae
 from bake.keys.auraflow import AURAFLOW
 from bake.keys.dialects import Address, flatten
 from bake.keys.flux import FLUX, FLUX2
@@ -51,6 +51,7 @@ NAMINGS: dict[str, Aliases] = {
     "hf clip": clip.hf_aliases,
     "openclip": clip.openclip_aliases,
     "t5": t5.aliases,
+    "vae": vae.aliases,
     "language model": hf.encoder_aliases,
     "hf": hf.aliases,
     "plain": lambda modules, shapes: {},

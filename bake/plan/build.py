@@ -24,7 +24,7 @@ from bake.plan.files import plan_files, plan_side_files
 from bake.plan.heads import base_of, settle_heads
 from bake.plan.match import AdapterMatcher, Matching
 from bake.plan.model import AdapterUse, Input, Plan
-from bake.plan.recipe import EVERY, AdapterChoice, Recipe, is_text_encoder
+from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
 from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_unmatched
 
 _EMA = "model_ema."  # where training code keeps averaged weights
@@ -85,7 +85,7 @@ def build_plan(recipe: Recipe) -> Plan:
             skipped=tuple(matching.skipped),
             notes=(*_notes(recipe, checkpoint, uses, matching), *embedding_notes(recipe, adapters, embeddings)),
             settings={
-                "dtype": _plain_dtype(recipe),
+                "dtype": recipe.plain_dtype,
                 "only": list(recipe.only),
                 "allow_unmatched": recipe.allow_unmatched,
                 "embeddings": recipe.embeddings,
@@ -98,12 +98,6 @@ def build_plan(recipe: Recipe) -> Plan:
             rounding=recipe.rounding,
             seed=recipe.seed,
         )
-
-
-def _plain_dtype(recipe: Recipe) -> str | dict[str, str]:
-    """The dtypes as JSON data, in one way for requests that mean the same."""
-    dtypes = dict(sorted(recipe.dtypes.items()))
-    return dtypes.get(EVERY, "keep") if dtypes.keys() <= {EVERY} else dtypes
 
 
 def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:
@@ -149,12 +143,12 @@ def _open_adapters(recipe: Recipe, identity: BaseIdentity, opened: ExitStack) ->
 
 def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[Input, ...], tuple[AdapterUse, ...]]:
     """Every file that is read, the base's first, and the adapters with their places among them."""
-    inputs = [_input(part.file, "base") for part in checkpoint.files]
+    inputs = [input_of(part.file, "base") for part in checkpoint.files]
     adapters = []
     for use in uses:
         adapter, choice, source = use.adapter, use.choice, use.adapter.source
         weights, config = len(inputs), None
-        inputs.append(_input(source.file, "adapter"))
+        inputs.append(input_of(source.file, "adapter"))
         if source.config_path is not None:
             status, config = source.config_path.stat(), len(inputs)
             known = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
@@ -179,7 +173,8 @@ def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[In
     return tuple(inputs), tuple(adapters)
 
 
-def _input(file: TensorFile, role: Literal["base", "adapter"]) -> Input:
+def input_of(file: TensorFile, role: Literal["base", "adapter", "model"]) -> Input:
+    """A file as it is now."""
     return Input(file.path, file.size, file.modified, file.changed, file.inode, role)
 
 

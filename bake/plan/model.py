@@ -28,7 +28,7 @@ class Input:
     modified: int  # nanoseconds
     changed: int  # nanoseconds, of what the system knows of the file
     inode: int
-    role: Literal["base", "adapter", "config"]
+    role: Literal["base", "adapter", "config", "model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,32 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one model has for a tensor that is merged."""
+
+    stored: tuple[Stored, ...]  # one after the other they hold its rows; narrower ones go on with the first model's
+    transposed: bool = False  # the one stored tensor has its rows as columns
+
+
+@dataclass(frozen=True, slots=True)
+class MergeStep:
+    """How a tensor is made of those of several models."""
+
+    method: str  # a row of bake.merges.METHODS
+    name: str  # what random draws go by: the full tensor name
+    models: tuple[int, ...]  # places in Merging.models, in the order in which they are merged
+    shares: tuple[Share, ...]  # one for each of them
+    roles: tuple[str, ...]  # likewise
+    values: dict[str, Any]  # parameter -> number, switch or word
+    per_model: dict[str, tuple[float, ...]]  # parameter -> a number for each model of the last role
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All values, as the maths wants them."""
+        return {**self.values, **self.per_model}
+
+
+@dataclass(frozen=True, slots=True)
 class Rescaling:
     """A new scale, so that the largest value becomes the largest of the dtype."""
 
@@ -95,6 +121,7 @@ class TensorPlan:
     scale_of: str | None = None  # this is the new scale of that tensor, and is known when that one is
     content: str | None = None  # the bytes themselves, as UTF-8 text; the source only says where they belong
     keeps_nonfinite: bool = False  # elements of the source that are NaN or infinite stay as they are
+    merge: MergeStep | None = None  # then the source is only the tensor whose place this takes
 
     @property
     def is_rescaled(self) -> bool:
@@ -127,7 +154,7 @@ class TensorPlan:
     def is_copy(self) -> bool:
         """True if the stored bytes are the result, as far as the source goes."""
         changed = self.is_padded or self.replaced or self.scale is not None or self.is_rescaled or self.is_given
-        return not self.terms and self.dtype == self.source.dtype and not changed
+        return not self.terms and self.merge is None and self.dtype == self.source.dtype and not changed
 
     @property
     def is_computed(self) -> bool:
@@ -195,8 +222,29 @@ class AdapterUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelUse:
+    """One model of a merge."""
+
+    path: Path
+    role: str
+    inputs: tuple[int, int]  # its files: [first, past the last) place in Plan.inputs
+    packaging: str
+    layout: str
+    history: dict[str, str]  # the records of earlier bakes and merges in it
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """What is merged, and how. The first model is the one whose layout, side files and metadata the output has."""
+
+    method: str  # a row of bake.merges.METHODS
+    models: tuple[ModelUse, ...]
+    parameters: dict[str, Any]  # as given, see bake.plan.parameters
+
+
+@dataclass(frozen=True, slots=True)
 class Coverage:
-    """How many modules an adapter, or all of them, have for one component, and how many found a place."""
+    """How many of a component's parts found a place: modules of adapters, or tensors that are merged."""
 
     matched: int
     total: int
@@ -243,7 +291,8 @@ class Plan:
     record: bool
     embeddings: tuple[EmbeddingPlan, ...] = ()
     rounding: str = "nearest"  # one of bake.plan.recipe.ROUNDINGS
-    seed: int = 0  # of stochastic rounding
+    seed: int = 0  # of stochastic rounding, and of merges by chance
+    merge: Merging | None = None  # models are merged; None: adapters are fused
     schema: int = SCHEMA
 
     def tensors(self) -> Iterator[tuple[FilePlan, TensorPlan]]:

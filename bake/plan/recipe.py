@@ -70,6 +70,12 @@ class Recipe:
         """True if any dtype is to change."""
         return any(dtype != "keep" for dtype in self.dtypes.values())
 
+    @property
+    def plain_dtype(self) -> str | dict[str, str]:
+        """The dtypes as JSON data, in one way for requests that mean the same."""
+        dtypes = dict(sorted(self.dtypes.items()))
+        return dtypes.get(EVERY, "keep") if dtypes.keys() <= {EVERY} else dtypes
+
     def dtype_for(self, component: str) -> str:
         """The dtype asked for `component`, where the narrowest name counts: "te1", then "te", then EVERY."""
         names = (component, "te", EVERY) if is_text_encoder(component) else (component, EVERY)

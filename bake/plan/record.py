@@ -1,6 +1,6 @@
 """What the output says about itself: ModelSpec, A1111's merge keys, and bake's own replayable recipe.
 
-The record names its inputs by SHA-256. Digests have a fixed length, so the header's length is known
+The record names its inputs by SHA-256. Digests have a fixed length, so how long the header is at most is known
 before they are; nothing here depends on the time, the machine or the output's name.
 """
 
@@ -14,7 +14,7 @@ from bake.identify.checkpoint import BaseIdentity
 from bake.identify.families import FAMILIES
 from bake.io.jsontext import is_deep
 from bake.io.known import Digest
-from bake.plan.model import AdapterUse, FilePlan, Plan
+from bake.plan.model import AdapterUse, FilePlan, Merging, ModelUse, Plan
 
 RECIPE_KEY = "bake.recipe"
 RECIPE_SCHEMA = 1
@@ -30,9 +30,6 @@ _IMPLEMENTATIONS = {
     "original": "https://github.com/Stability-AI/generative-models",
     "diffusers": "https://github.com/huggingface/diffusers",
 }
-
-
-PLACEHOLDER = Digest("0" * 64, "0" * 8)
 
 
 def carried_metadata(base: Mapping[str, str], identity: BaseIdentity, added: Mapping[str, str]) -> dict[str, str]:
@@ -61,11 +58,17 @@ def file_metadata(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None, 
     """
     if not (plan.record and file.is_recorded):
         return dict(file.metadata)
-    known = digests if digests is not None else [PLACEHOLDER] * len(plan.inputs)
-    recorded: dict[str, str] = {RECIPE_KEY: _dump(recipe_record(plan, known, version, file.history))}
+    known = digests if digests is not None else [Digest(f"{place:064}", "0" * 8) for place in range(len(plan.inputs))]
+    if plan.merge is None:
+        recorded = {RECIPE_KEY: _dump(recipe_record(plan, known, version, file.history))}
+    else:
+        recorded = {RECIPE_KEY: _dump(merge_record(plan, plan.merge, known, version))}
     family = FAMILIES.get(plan.family)
     if family is not None and family.image:
-        recorded |= _for_web_uis(plan, known, file.history)
+        if plan.merge is None:
+            recorded |= _for_web_uis(plan, known, file.history)
+        else:
+            recorded |= _merge_for_web_uis(plan.merge, known)
     # A file's name may be bytes that are no Unicode, which a header cannot hold.
     recorded = {key: text.encode("utf-8", "replace").decode("utf-8") for key, text in recorded.items()}
     return recorded | dict(file.metadata)  # what the user gave with --metadata has the last word
@@ -142,6 +145,73 @@ def _for_web_uis(plan: Plan, digests: Sequence[Digest], history: Mapping[str, st
         "sd_merge_models": _dump(models),
         "modelspec.title": " + ".join([_stem(base.name), *named]),
         "modelspec.merged_from": ", ".join([_stem(base.name), *(_stem(use.name) for use in plan.adapters)]),
+    }
+
+
+def merge_record(plan: Plan, merge: Merging, digests: Sequence[Digest], version: str) -> dict[str, Any]:
+    """The same for a merge: its models, in the order in which they were merged, its method and parameters."""
+
+    def described(model: ModelUse, place: int) -> dict[str, Any]:
+        source = plan.inputs[place]
+        is_file = source.path == model.path
+        name = source.path.name if is_file else source.path.relative_to(model.path).as_posix()
+        return {"name": name, "size": source.size, "sha256": digests[place].sha256}
+
+    models = []
+    for model in merge.models:
+        files = [described(model, place) for place in range(*model.inputs)]
+        entry = {"name": model.path.name, "role": model.role, "packaging": model.packaging, "files": files}
+        earlier = _parse(model.history.get(RECIPE_KEY))
+        models.append(entry if earlier is None else {**entry, "recipe": earlier})
+    return {
+        "schema": RECIPE_SCHEMA,
+        "version": version,
+        "family": plan.family,
+        "method": merge.method,
+        "models": models,
+        "parameters": merge.parameters,
+        "settings": plan.settings,
+        "components": {name: [part.matched, part.total] for name, part in plan.components.items()},
+    }
+
+
+# What AUTOMATIC1111 calls the methods that it has too; it has no others.
+_INTERPOLATIONS = {
+    "weighted_sum": "Weighted sum",
+    "add_difference": "Add difference",
+    "passthrough": "No interpolation",
+}
+
+
+def _merge_for_web_uis(merge: Merging, digests: Sequence[Digest]) -> dict[str, str]:
+    """The same keys for a merge, as AUTOMATIC1111 writes them for the first three models; source as above."""
+    used = [(model, digests[model.inputs[0]]) for model in merge.models]
+    primary, secondary, tertiary = ([digest.sha256 for _, digest in used] + [None, None])[:3]
+    recipe = {
+        "type": "bake",
+        "primary_model_hash": primary,
+        "secondary_model_hash": secondary,
+        "tertiary_model_hash": tertiary,
+        "interp_method": _INTERPOLATIONS.get(merge.method, merge.method),
+        "multiplier": merge.parameters.get("alpha"),
+        "models": [{"role": model.role, "sha256": digest.sha256} for model, digest in used],
+        "parameters": merge.parameters,
+    }
+    models: dict[str, Any] = {}
+    for model in merge.models:
+        models |= _parse(model.history.get("sd_merge_models")) or {}
+    for model, digest in used:
+        models[digest.sha256] = {
+            "name": model.path.name,
+            "legacy_hash": digest.legacy,
+            "sd_merge_recipe": _parse(model.history.get("sd_merge_recipe")),
+        }
+    names = [_stem(model.path.name) for model, _ in used]
+    return {
+        "sd_merge_recipe": _dump(recipe),
+        "sd_merge_models": _dump(models),
+        "modelspec.title": f"{merge.method}: {' + '.join(names)}",
+        "modelspec.merged_from": ", ".join(names),
     }
 
 

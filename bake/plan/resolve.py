@@ -37,7 +37,7 @@ class Resolver:
     def _resolve_with_drift(self) -> dict[str, Found]:
         """The same, where all names of the adapter differ from the base's by one prefix."""
         for component in self._base.identity.components:
-            if component.naming not in ("hf", "plain"):
+            if component.naming not in ("hf", "plain", "vae"):
                 continue
             known = self._base.index.spellings[component.name]
             paths = {

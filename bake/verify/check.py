@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bake.io.fileset import Expected, FileSet
-from bake.io.tensorfile import open_tensors
-from bake.plan.model import Plan
+from bake.io.tensorfile import TensorFile, open_tensors
+from bake.plan.model import Plan, TensorPlan
 from bake.progress import Progress
 from bake.verify.embeddings import check_embedding_files
 from bake.verify.report import Report
@@ -40,9 +40,7 @@ def check_files(
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
             touched = [tensor for tensor in file.tensors if tensor.is_computed]
             if touched:
-                from bake.verify.numeric import check_tensors  # brings NumPy
-
-                for tensor, found in check_tensors(plan, touched, full, output, files):
+                for tensor, found in _checked(plan, touched, full, output, files):
                     report.include(found)
                     progress.advance(tensor.span[1] - tensor.span[0] if full else 0)
             for tensor in file.tensors:
@@ -55,3 +53,16 @@ def check_files(
     check_embedding_files(plan, embeddings, report)
     progress.finish()
     return report
+
+
+def _checked(
+    plan: Plan, tensors: list[TensorPlan], full: bool, output: TensorFile, files: FileSet
+) -> Iterator[tuple[TensorPlan, Report]]:
+    """Each computed tensor that is looked at, with what was found."""
+    if plan.merge is not None:
+        from bake.verify.merges import check_merged  # brings torch
+
+        return check_merged(plan, tensors, full, output, files)
+    from bake.verify.numeric import check_tensors  # brings NumPy
+
+    return check_tensors(plan, tensors, full, output, files)

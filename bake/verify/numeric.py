@@ -63,7 +63,7 @@ def check_tensors(
 
     def check(tensor: TensorPlan) -> Report:
         blocks = all_rows(tensor) if full else sampled_rows(tensor)
-        return _check_tensor(tensor, blocks, output, files, _rule_of(plan, tensor))
+        return _check_tensor(tensor, blocks, output, files, rule_of(plan, tensor))
 
     if full:
         with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1), "bake verify") as pool:
@@ -75,7 +75,7 @@ def check_tensors(
         yield from ((tensor, check(tensor)) for tensor in sampled(tensors))
 
 
-def _rule_of(plan: Plan, tensor: TensorPlan) -> Rule:
+def rule_of(plan: Plan, tensor: TensorPlan) -> Rule:
     """How the elements of a tensor of `plan` are rounded."""
     if plan.rounding != "stochastic":
         return Rule(tensor.dtype, None, plan.rounding == "fast")

@@ -12,15 +12,19 @@ from bake.identify.checkpoint import identify_checkpoint
 from bake.keys.modules import ModuleIndex
 
 MODEL = "model.diffusion_model."
+VAE = "first_stage_model."
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 # (list, list of its other layout, component here -> what its tensors begin with there)
 PAIRS = [
-    ("sd15_original", "sd15_diffusers", {"unet": "unet/", "te1": "text_encoder/"}),
-    ("sd15_diffusers", "sd15_original", {"unet": MODEL, "te1": "cond_stage_model.transformer."}),
+    ("sd15_original", "sd15_diffusers", {"unet": "unet/", "te1": "text_encoder/", "vae": "vae/"}),
+    ("sd15_diffusers", "sd15_original", {"unet": MODEL, "te1": "cond_stage_model.transformer.", "vae": VAE}),
     ("sd21_original", "sd21_diffusers", {"unet": "unet/", "te1": "text_encoder/"}),
     ("sd21_diffusers", "sd21_original", {"unet": MODEL}),
-    ("sdxl_base_original", "sdxl_base_diffusers", {"unet": "unet/", "te1": "text_encoder/", "te2": "text_encoder_2/"}),
-    ("sdxl_base_diffusers", "sdxl_base_original", {"unet": MODEL, "te1": CLIP_L}),
+    (
+        *("sdxl_base_original", "sdxl_base_diffusers"),
+        {"unet": "unet/", "te1": "text_encoder/", "te2": "text_encoder_2/", "vae": "vae/"},
+    ),
+    ("sdxl_base_diffusers", "sdxl_base_original", {"unet": MODEL, "te1": CLIP_L, "vae": VAE}),
     ("sdxl_refiner_original", "sdxl_refiner_diffusers", {"unet": "unet/", "te2": "text_encoder_2/"}),
     ("sdxl_refiner_diffusers", "sdxl_refiner_original", {"unet": MODEL}),
     ("sd3_encoders_diffusers", "t5xxl_fp16_comfy", {"te3": ""}),

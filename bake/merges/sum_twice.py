@@ -1,0 +1,18 @@
+"""Sum twice: a weighted sum of A and B, and of that and C.
+
+Source: meh sd_meh/merge_methods.py; "Twice" of SuperMerger.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bake.merges.merge import Chunk, Merge, between
+
+
+class SumTwice(Merge):
+    """(1 - beta) ((1 - alpha) A + alpha B) + beta C. Models: a, b, c. alpha, beta: any numbers."""
+
+    def blend(self, chunk: Chunk) -> Tensor:
+        a, b, c = chunk.models
+        return between(between(a, b, self.job.number("alpha")), c, self.job.number("beta"))

@@ -1,0 +1,167 @@
+"""Merged tensors, made again from the models in other pieces, one after the other, and compared bit for bit.
+
+The maths is that of `bake.merges`, which tests hold against NumPy; reading and rounding are not those of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from bake.dtypes import DTYPES
+from bake.errors import Mismatch
+from bake.io.arrays import read_array
+from bake.io.fileset import FileSet
+from bake.io.tensorfile import TensorFile
+from bake.keys.factors import as_matrix
+from bake.merges import METHODS
+from bake.merges.merge import Chunk, Job, Merge
+from bake.plan.model import MergeStep, Plan, Share, TensorPlan
+from bake.verify.numeric import rule_of, sampled, sampled_rows
+from bake.verify.report import Report
+from bake.verify.rounding import Doubles, Rule, spacing
+
+_BLOCK_ELEMENTS = 200_000  # of all models together; another number than the run's, so other pieces
+_SAMPLED_ELEMENTS = 4 * 1024 * 1024  # larger tensors are no part of a sample where all of a tensor has to be seen
+
+
+def check_merged(
+    plan: Plan, tensors: Sequence[TensorPlan], full: bool, output: TensorFile, files: FileSet
+) -> Iterator[tuple[TensorPlan, Report]]:
+    """Each tensor that is looked at, with what was found: all elements of all of them, or some rows of a sample."""
+    chosen = list(tensors) if full else sampled([each for each in tensors if _is_cheap(plan, each)] or list(tensors))
+    settled = _settled(plan, files)
+    for tensor in chosen:
+        assert tensor.merge is not None
+        merge = settled.get(tensor.merge.name) or _merge(plan, tensor)
+        try:
+            yield (
+                tensor,
+                _check(tensor, merge, full, output, files, rule_of(plan, tensor), tensor.merge.name in settled),
+            )
+        except ValueError as error:
+            raise Mismatch(f"{tensor.name}: {error}", tensor=tensor.name) from None
+
+
+def _is_cheap(plan: Plan, tensor: TensorPlan) -> bool:
+    """True if a few rows can be made without reading very much."""
+    needs_all = plan.merge is not None and METHODS[plan.merge.method].reach not in ("element", "row")
+    return not needs_all or math.prod(tensor.shape) <= _SAMPLED_ELEMENTS
+
+
+def _merge(plan: Plan, tensor: TensorPlan) -> Merge:
+    step = tensor.merge
+    assert step is not None
+    return METHODS[step.method].load()(Job(step.name, tensor.shape, step.roles, step.parameters, plan.seed))
+
+
+def _settled(plan: Plan, files: FileSet) -> dict[str, Merge]:
+    """Of methods that look at all tensors first: every merge, after that. Full name -> merge."""
+    if plan.merge is None or METHODS[plan.merge.method].reach != "global":
+        return {}
+    merges: dict[str, Merge] = {}
+    for _, tensor in plan.tensors():
+        if tensor.merge is not None and tensor.merge.method == plan.merge.method:
+            merges[tensor.merge.name] = _merge(plan, tensor)
+            _survey(merges[tensor.merge.name], tensor, tensor.merge, files)
+    METHODS[plan.merge.method].load().agree(list(merges.values()))
+    return merges
+
+
+def _survey(merge: Merge, tensor: TensorPlan, step: MergeStep, files: FileSet) -> None:
+    for survey in merge.passes():
+        for rows in _blocks(merge, len(step.shares)):
+            survey.add(_chunk(merge, tensor, step, rows, files))
+
+
+def _blocks(merge: Merge, models: int) -> list[range]:
+    """All rows, in pieces."""
+    height, width = merge.view
+    step = height if merge.whole else max(1, _BLOCK_ELEMENTS // models // max(1, width))
+    return [range(first, min(height, first + step)) for first in range(0, height, max(1, step))]
+
+
+def _chunk(merge: Merge, tensor: TensorPlan, step: MergeStep, rows: range, files: FileSet) -> Chunk:
+    width = merge.view[1]
+    begin, end = rows.start * width, rows.stop * width
+    models = [_elements(step, number, tensor.shape, begin, end, files) for number in range(len(step.shares))]
+    return Chunk(rows.start, [torch.from_numpy(model.reshape(len(rows), width)) for model in models])
+
+
+def _elements(step: MergeStep, number: int, shape: tuple[int, ...], begin: int, end: int, files: FileSet) -> Doubles:
+    """The elements [begin, end) of one model's tensor."""
+    share = step.shares[number]
+    narrow = as_matrix(share.stored[0].shape)[1]
+    if share.transposed or narrow < as_matrix(shape)[1]:
+        stored = _stored(share, 0, sum(math.prod(each.shape) for each in share.stored), files)
+        if share.transposed:
+            whole = stored.reshape(share.stored[0].shape).T
+        else:
+            whole = _elements(step, step.models.index(0), shape, 0, math.prod(shape), files).reshape(as_matrix(shape))
+            whole[:, :narrow] = stored.reshape(-1, narrow)
+        return whole.reshape(-1)[begin:end]
+    return _stored(share, begin, end, files)
+
+
+def _stored(share: Share, begin: int, end: int, files: FileSet) -> Doubles:
+    """The elements [begin, end) of what is stored, one tensor after the other."""
+    parts, at = [], 0
+    for stored in share.stored:
+        count = math.prod(stored.shape)
+        low, high = max(begin, at), min(end, at + count)
+        if low < high:
+            offset = stored.span[0] + (low - at) * DTYPES[stored.dtype].bits // 8
+            with files.using(stored.input) as file:
+                parts.append(read_array(file, offset, stored.dtype, (high - low,), np.float64))
+        at += count
+    return np.concatenate(parts)
+
+
+def _check(
+    tensor: TensorPlan, merge: Merge, full: bool, output: TensorFile, files: FileSet, rule: Rule, is_settled: bool
+) -> Report:
+    """What is found when one merged tensor is made again."""
+    step = tensor.merge
+    assert step is not None
+    report = Report("full", touched_tensors=1)
+    if not is_settled:
+        _survey(merge, tensor, step, files)
+    has_rows = merge.view[0] == as_matrix(tensor.shape)[0]  # a vector is one
+    blocks = _blocks(merge, len(step.shares)) if full or merge.whole or not has_rows else sampled_rows(tensor)
+    width = merge.view[1]
+    for rows in blocks:
+        values = merge.blend(_chunk(merge, tensor, step, rows, files)).numpy()
+        finding = _compare(tensor, values, rows.start * width, output, rule, report)
+        if finding is not None:
+            report.add(finding)
+            break
+    return report
+
+
+def _compare(
+    tensor: TensorPlan, values: Doubles, begin: int, output: TensorFile, rule: Rule, report: Report
+) -> str | None:
+    """Count in `report` how many `values`, from flat index `begin` on, are written rounded once; what else is there."""
+    written = output.tensors[tensor.name]
+    offset = written.begin + begin * DTYPES[written.dtype].bits // 8
+    found = read_array(output, offset, written.dtype, values.shape, np.float64)
+    with np.errstate(all="ignore"):
+        due = rule.round(values, begin)
+        ulp = np.nan_to_num(np.abs(found - values) / spacing(np.maximum(np.abs(values), np.abs(due)), tensor.dtype))
+    report.elements += values.size
+    report.equal += int((found == due).sum())
+    worst = float(ulp.max(initial=0.0))
+    if worst > report.max_ulp or report.worst is None:
+        report.max_ulp, report.worst = max(worst, report.max_ulp), tensor.name
+    wrong = np.argwhere(found != due)
+    if not len(wrong):
+        return None
+    place = begin + int(wrong[0][0]) * values.shape[1] + int(wrong[0][1])
+    row, column = (int(index) for index in wrong[0])
+    return (
+        f"{tensor.name}: element {place} is {found[row, column]:.9g}, should be {due[row, column]:.9g} "
+        f"({len(wrong)} wrong elements in these rows)"
+    )
