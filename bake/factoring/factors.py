@@ -10,6 +10,8 @@ from torch import Tensor
 from bake.errors import NonFinite
 from bake.factoring.spectrum import Matrix
 
+_BLOCK_ELEMENTS = 1024 * 1024
+
 
 def clamped(left: Tensor, right: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Return both factors cut off at the magnitude that a share of `quantile` of their entries stays within.
@@ -60,3 +62,21 @@ class Dense:
 
     def blocks(self) -> Iterator[tuple[range, Tensor]]:
         yield range(self.values.shape[0]), self.values
+
+
+class Product:
+    """left @ right as a Matrix that is never formed whole."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        """left: (rows, rank), right: (rank, columns), float64."""
+        self.left, self.right = left, right
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    def blocks(self) -> Iterator[tuple[range, Tensor]]:
+        step = max(1, _BLOCK_ELEMENTS // max(1, self.right.shape[1]))
+        for first in range(0, self.left.shape[0], step):
+            rows = range(first, min(first + step, self.left.shape[0]))
+            yield rows, self.left[first : rows.stop] @ self.right

@@ -101,6 +101,11 @@ def _with_level(path: str) -> str:
     return path if path.startswith((_LEVEL, "text_projection")) else _LEVEL + path
 
 
+def speaks(naming: str, path: str, names: Names) -> bool:
+    """False for the path of a module that the dialect has under another name, or only as part of another one."""
+    return naming not in TABLES or tables.is_in_layout(TABLES[naming], path, _layout(names))
+
+
 def prefix_of(component: Component, family: str, names: Names) -> str:
     """What stands before the paths of a component's modules."""
     if names == "peft":

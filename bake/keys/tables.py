@@ -166,6 +166,14 @@ def find_path(table: Table, path: str, flat: bool) -> str | None:
     return None
 
 
+def is_in_layout(table: Table, path: str, layout: Layout) -> bool:
+    """True if `path` is a name of that layout, or one that the table does not list at all."""
+    listed = [(pattern, place) for pattern, _ in _patterns(path) for place, _ in table.by_pattern.get(pattern, ())]
+    return not listed or any(
+        pattern == spelling.pattern for pattern, place in listed for spelling in table.layouts[layout][place]
+    )
+
+
 @functools.cache
 def _flat_regex(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern.replace(".", "_")).replace(re.escape("#"), r"(\d+)"))
