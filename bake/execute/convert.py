@@ -8,14 +8,13 @@ import torch
 
 from bake.errors import NonFinite
 from bake.execute.adapter_file import NewAdapter
-from bake.execute.extract import Outcome
 from bake.execute.respelled import Factored, alpha_of, factored, said, suffix
 from bake.factoring import factors
 from bake.io.payload import torch_dtype
 from bake.io.tensorfile import TensorFile
 from bake.keys.spoken import Names
 from bake.keys.written import Scaled
-from bake.plan.adapter import ADAPTER_DTYPES
+from bake.plan.adapter import ADAPTER_DTYPES, Outcome
 from bake.plan.respelling import Respelled
 from bake.progress import Progress
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,31 +17,12 @@ from bake.factoring.spectrum import spectrum_of
 from bake.io.fileset import Expected, FileSet
 from bake.io.payload import read_rows, read_tensor, torch_dtype
 from bake.keys.written import SUFFIXES
-from bake.plan.adapter import ADAPTER_DTYPES, DEFAULT_RANK, Ranks
+from bake.plan.adapter import ADAPTER_DTYPES, DEFAULT_RANK, Outcome, Ranks
 from bake.plan.extraction import DifferencePlan, ExtractionPlan, Stretch
 from bake.progress import Progress
 
 _BLOCK_ELEMENTS = 4 * 1024 * 1024
 _VAE = "vae"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one difference. Norms are Frobenius norms."""
-
-    module: str
-    component: str
-    parameter: str
-    kind: str  # "lora", "full" (stored as it is), "left-out", "unchanged", or "kept" (copied from the input)
-    shape: tuple[int, ...]
-    rank: int | None
-    norm: float  # of what was to be expressed
-    residual: float  # of what the adapter does not express
-
-    @property
-    def error(self) -> float:
-        """|residual| / |norm|; 0 where there was nothing to express."""
-        return self.residual / self.norm if self.norm else 0.0
 
 
 class Rows:

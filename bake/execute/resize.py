@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bake.errors import NonFinite
 from bake.execute.adapter_file import NewAdapter
-from bake.execute.extract import Outcome
 from bake.execute.respelled import alpha_of
 from bake.factoring import factors
 from bake.factoring.ranks import kept
@@ -17,7 +16,7 @@ from bake.factoring.spectrum import of_product
 from bake.io.payload import read_tensor, torch_dtype
 from bake.io.tensorfile import TensorFile, read_tensor_bytes
 from bake.keys.written import Scaled
-from bake.plan.adapter import ADAPTER_DTYPES, Ranks
+from bake.plan.adapter import ADAPTER_DTYPES, Outcome, Ranks
 from bake.plan.resizing import Resizable, ResizePlan
 from bake.progress import Progress
 

@@ -1,4 +1,4 @@
-"""What decides the ranks and the form of an adapter that bake makes."""
+"""What decides the ranks of an adapter that bake makes, and what became of its modules."""
 
 from __future__ import annotations
 
@@ -65,3 +65,22 @@ def parse_rule(text: str) -> tuple[str, float]:
         return rule, float(number)
     except ValueError:
         raise UsageError(f"--keep {text}: it is RULE=NUMBER, with {', '.join(RULES)} for RULE") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one difference. Norms are Frobenius norms."""
+
+    module: str
+    component: str
+    parameter: str
+    kind: str  # "lora", "full" (stored as it is), "left-out", "unchanged", or "kept" (copied from the input)
+    shape: tuple[int, ...]
+    rank: int | None
+    norm: float  # of what was to be expressed
+    residual: float  # of what the adapter does not express
+
+    @property
+    def error(self) -> float:
+        """|residual| / |norm|; 0 where there was nothing to express."""
+        return self.residual / self.norm if self.norm else 0.0
