@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bake.adapter_api import AdapterResult, combine, convert, extract, resize
     from bake.api import Result, build_plan, check_output, fuse, run_plan
     from bake.errors import BakeError
     from bake.inspection import inspect
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterChoice",
+    "AdapterResult",
     "BakeError",
     "Plan",
     "Report",
@@ -31,13 +33,18 @@ __all__ = [
     "Selection",
     "build_plan",
     "check_output",
+    "combine",
+    "convert",
+    "extract",
     "fuse",
     "inspect",
+    "resize",
     "run_plan",
 ]
 
 _HOMES = {
     "AdapterChoice": "bake.plan.recipe",
+    "AdapterResult": "bake.adapter_api",
     "BakeError": "bake.errors",
     "Plan": "bake.plan.model",
     "Report": "bake.verify.report",
@@ -45,8 +52,12 @@ _HOMES = {
     "Selection": "bake.plan.selection",
     "build_plan": "bake.api",
     "check_output": "bake.api",
+    "combine": "bake.adapter_api",
+    "convert": "bake.adapter_api",
+    "extract": "bake.adapter_api",
     "fuse": "bake.api",
     "inspect": "bake.inspection",
+    "resize": "bake.adapter_api",
     "run_plan": "bake.api",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -19,9 +20,10 @@ from bake.identify.adapter import Adapter, identify_adapter, is_adapter
 from bake.io.adapter import AdapterFile, has_adapter, open_adapter
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import check_target
+from bake.io.tensorfile import read_tensor_bytes
 from bake.keys.spoken import NAMES, Names
 from bake.keys.written import Scaled, peft_settings
-from bake.plan.adapter import ADAPTER_DTYPES, DEFAULT_RANK, Outcome, Ranks, parse_rule
+from bake.plan.adapter import ADAPTER_DTYPES, Outcome, Ranks, check_name, parse_rule
 from bake.plan.combining import Combination, plan_combination
 from bake.plan.extraction import ExtractionPlan, ExtractionRequest, plan_extraction
 from bake.plan.labels import carried_keys, family_keys, network_keys, record
@@ -97,7 +99,7 @@ def extract(
     base: PathLike,
     output: PathLike,
     *,
-    rank: int = DEFAULT_RANK,
+    rank: int | None = None,
     conv_rank: int | None = None,
     keep: str | None = None,
     clamp_quantile: float | None = None,
@@ -117,17 +119,27 @@ def extract(
 ) -> AdapterResult:
     """Write the adapter that makes `tuned` of `base`; return what was done, with the error of every module.
 
-    tuned, base: checkpoints of one family, in any layouts and dtypes. rank: of each module, at most. conv_rank: of
-    convolutions larger than 1x1; None: as `rank`. keep: "RULE=NUMBER", which keeps fewer, see docs/adapters.md.
-    clamp_quantile: cut factors off at this quantile of their magnitudes. svd: auto, exact or randomised, with `seed`.
-    names: kohya, diffusers or peft (a folder); None: the family's usual ones. dtype: of the factors, fp16, bf16 or
-    fp32. only: components. full_rest: store norms, biases and embeddings whole. dora: with magnitudes.
-    memory: bytes of a difference that is held, larger ones are read again. Raises every BakeError that `bake.errors`
-    lists for inputs and outputs.
+    tuned, base: checkpoints of one family, in any layouts and dtypes. rank: of each module, at most, 64 for None.
+    conv_rank: of convolutions larger than 1x1; None: as `rank`. keep: "RULE=NUMBER", which keeps fewer, see
+    docs/adapters.md. clamp_quantile: cut factors off at this quantile of their magnitudes. svd: auto, exact or
+    randomised, with `seed`. names: kohya, diffusers or peft (a folder); None: the family's usual ones. dtype: of the
+    factors, fp16, bf16 or fp32. only: components. full_rest: store norms, biases and embeddings whole. dora: with
+    magnitudes. memory: bytes of a difference that is held, larger ones are read again.
+    Raises the BakeErrors that `plan_extraction` and the output's place can meet, and NonFinite.
     """
-    ranks = _ranks(rank, conv_rank, keep, clamp_quantile, svd, seed)
-    request = ExtractionRequest(
-        *(Path(tuned), Path(base), names, ranks, tuple(only), full_rest, dora, allow_unmatched)
+    request = extraction_request(
+        *(tuned, base),
+        rank=rank,
+        conv_rank=conv_rank,
+        keep=keep,
+        clamp_quantile=clamp_quantile,
+        svd=svd,
+        seed=seed,
+        names=names,
+        only=only,
+        full_rest=full_rest,
+        dora=dora,
+        allow_unmatched=allow_unmatched,
     )
     return run_extraction_plan(
         plan_extraction(request),
@@ -139,6 +151,32 @@ def extract(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def extraction_request(
+    tuned: PathLike,
+    base: PathLike,
+    *,
+    rank: int | None,
+    conv_rank: int | None,
+    keep: str | None,
+    clamp_quantile: float | None,
+    svd: str,
+    seed: int,
+    names: str | None,
+    only: Iterable[str],
+    full_rest: bool,
+    dora: bool,
+    allow_unmatched: bool,
+) -> ExtractionRequest:
+    """What `plan_extraction` takes, of arguments as for `extract`. Raises UsageError."""
+    ranks = _ranks(rank, conv_rank, keep, clamp_quantile, svd, seed)
+    return ExtractionRequest(*(Path(tuned), Path(base), names, ranks, tuple(only), full_rest, dora, allow_unmatched))
+
+
+def check_adapter_place(plan: ExtractionPlan, output: Path, overwrite: bool) -> None:
+    """Raise the OutputRefused that writing the adapter to `output` would meet."""
+    _Making("extract", output, plan.names, plan.inputs, overwrite, False, None)
 
 
 def run_extraction_plan(
@@ -273,9 +311,9 @@ def combine(
                 *(plan, [source.file for source in sources], [source.name for source in sources]),
                 *(new, dtype, progress or Silent()),
             )
-            title = " + ".join(f"{Path(source.name).stem} ({weight:g})" for source, (_, weight) in zip(
-                sources, weighted, strict=True
-            ))
+            title = " + ".join(
+                f"{Path(source.name).stem} ({weight:g})" for source, (_, weight) in zip(sources, weighted, strict=True)
+            )
             settings = {
                 **_settings_of(ranks),
                 **{"method": method, "density": density, "seed": seed, "dtype": dtype},
@@ -292,6 +330,7 @@ def convert(
     output: PathLike,
     *,
     names: str,
+    base: PathLike | None = None,
     fold_alpha: bool = False,
     dtype: str = "keep",
     only: Iterable[str] = (),
@@ -300,9 +339,10 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> AdapterResult:
-    """Write an adapter in the names of another dialect; its factors keep their bytes unless a projection is cut or joined.
+    """Write an adapter in the names of another dialect; factors keep their bytes unless a projection is cut or joined.
 
-    source: an adapter. names: kohya, diffusers or peft (a folder). fold_alpha: multiply alpha / rank into the factors,
+    source: an adapter. names: kohya, diffusers or peft (a folder). base: a checkpoint of its family, in which names are
+    looked up that the tables of the family do not list. fold_alpha: multiply alpha / rank into the factors,
     for programs that read no alpha. dtype: "keep", fp16, bf16 or fp32. only: components.
     Raises Unsupported for what the dialect has no names for.
     """
@@ -312,12 +352,15 @@ def convert(
     with _opened([source]) as (found,):
         chosen = _chosen(names)
         assert chosen is not None
-        plan = respell(found, chosen, tuple(only))
+        plan = respell(found, chosen, tuple(only), None if base is None else Path(base))
         making = _Making("convert", Path(output), chosen, _inputs_of([found.source]), overwrite, record, metadata)
         with making.draft() as new:
             outcomes, scaled = run_conversion(
                 *(plan, found.source.file, found.source.name, new, dtype, fold_alpha, progress or Silent())
             )
+            for name in found.embeddings if chosen == "kohya" else ():  # their names are not the dialect's
+                info = found.source.file.tensors[name]
+                new.add_bytes(name, info.dtype, info.shape, read_tensor_bytes(found.source.file, name))
             dora = any(update.magnitude for module in found.modules for update in module.updates)
             config = _configured(chosen, scaled, plan.prefixes, dora, _is_flipped([found]), _has_up_bias(found))
             keys = family_keys(plan.family, None, Path(found.source.name).stem)
@@ -335,18 +378,16 @@ def _is_flipped(adapters: Sequence[Adapter]) -> bool:
     return any(adapter.config is not None and adapter.config.fan_in_fan_out for adapter in adapters)
 
 
-def _conversion_notes(
-    plan: Respelled, adapter: Adapter, scaled: Mapping[str, tuple[str, Scaled]]
-) -> tuple[str, ...]:
+def _conversion_notes(plan: Respelled, adapter: Adapter, scaled: Mapping[str, tuple[str, Scaled]]) -> tuple[str, ...]:
     """What the user has to know about the result."""
     notes = []
     count = sum(each.alpha != each.rank for _, each in scaled.values())
     if plan.names == "diffusers" and count:
         notes.append(
-            f"{count} modules count alpha / rank times, which is not 1: it is written into {_METADATA}, which diffusers "
-            f"reads since 0.34 and ComfyUI does not. --fold-alpha multiplies it into the factors."
+            f"{count} modules count alpha / rank times, which is not 1: it is written into {_METADATA}, which "
+            f"diffusers reads since 0.34 and ComfyUI does not. --fold-alpha multiplies it into the factors."
         )
-    if adapter.embeddings:
+    if adapter.embeddings and plan.names != "kohya":
         notes.append(f"token embeddings are left out ({', '.join(adapter.embeddings)}): they have no names there")
     kept = sum(len(module.shares) for module in plan.modules)
     if kept < len(adapter.modules):
@@ -368,8 +409,6 @@ class _Making:
         metadata: Mapping[str, str] | None,
     ) -> None:
         """Raises the OutputRefused that writing `output` would meet."""
-        from bake.execute.adapter_file import check_name
-
         self.verb, self.output, self.names, self.inputs = verb, output, names, tuple(inputs)
         self.record, self.metadata = record, dict(metadata or {})
         self.started = time.monotonic()
@@ -424,9 +463,7 @@ def _configured(
     fan_in_fan_out: bool,
     lora_bias: bool = False,
 ) -> dict[str, Any]:
-    """What says ranks and alphas beside the tensors: PEFT's configuration, or diffusers' metadata with one for each part."""
-    import json
-
+    """What says ranks and alphas beside the tensors: PEFT's configuration, or diffusers' metadata with one per part."""
     if names == "kohya" or not scaled:
         return {}
     parts: dict[str, dict[str, Scaled]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bake.errors import OutputRefused, VerificationFailed
+from bake.errors import VerificationFailed
 from bake.io.draft import Draft, refusal_of
 from bake.io.files import copy_range, open_for_writing, read_bytes, write_at
 from bake.io.header import TensorInfo, build_header, lay_out
@@ -100,7 +100,9 @@ class NewAdapter:
             for name, info in placed.items():
                 kept = self._tensors[name]
                 where = len(header) + info.begin
-                copy_range(self._spool.fileno(), kept.begin, kept.end, descriptor, where, "the spool", lambda count: None)
+                copy_range(
+                    self._spool.fileno(), kept.begin, kept.end, descriptor, where, "the spool", lambda count: None
+                )
         finally:
             os.close(descriptor)
         return len(header) + self._end
@@ -133,12 +135,3 @@ class NewAdapter:
     ) -> None:
         self._spool.close()
         self._draft.discard()
-
-
-def check_name(output: Path, names: Names) -> None:
-    """Raise OutputRefused if the output's name is not that of what is written: a file, or a folder for PEFT."""
-    is_file = output.suffix == ".safetensors"
-    if names == "peft" and is_file:
-        raise OutputRefused(f"{output}: a PEFT adapter is a folder; give a name without .safetensors")
-    if names != "peft" and not is_file:
-        raise OutputRefused(f"{output}: the output is a safetensors file; let its name end in .safetensors")

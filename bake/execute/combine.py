@@ -39,7 +39,12 @@ class _Weighted:
 
 
 def run_combination(
-    plan: CombinePlan, files: Sequence[TensorFile], sources: Sequence[str], new: NewAdapter, dtype: str, progress: Progress
+    plan: CombinePlan,
+    files: Sequence[TensorFile],
+    sources: Sequence[str],
+    new: NewAdapter,
+    dtype: str,
+    progress: Progress,
 ) -> tuple[list[Outcome], dict[str, tuple[str, Scaled]]]:
     """Keep every module in `new`; returns what became of them, and path -> (component, rank and alpha).
 
@@ -75,9 +80,9 @@ def _combine(
     for part in parts:
         if part.each.algorithm not in ("lora", "full") or part.each.algorithm != first.algorithm or part.each.embedding:
             raise Unsupported(
-                f"{sources[part.adapter]}: {part.each.module.name!r} is {part.each.algorithm}, and only LoRAs with LoRAs "
-                f"and stored differences with stored differences are combined. Fuse the adapters into their base with "
-                f"'bake fuse' and take the result out again with 'bake extract'.",
+                f"{sources[part.adapter]}: {part.each.module.name!r} is {part.each.algorithm}, and only LoRAs with "
+                f"LoRAs and stored differences with stored differences are combined. Fuse the adapters into their base "
+                f"with 'bake fuse' and take the result out again with 'bake extract'.",
                 module=part.each.module.name,
             )
     wanted = _widest(parts) if dtype == "keep" else torch_dtype(ADAPTER_DTYPES[dtype])
@@ -189,9 +194,7 @@ def _one_update(
     return dense, *low_rank(dense, shape, ranks, first.module.name, square, highest)
 
 
-def _add_stored(
-    parts: Sequence[_Weighted], sources: Sequence[str], new: NewAdapter, dtype: torch.dtype
-) -> Outcome:
+def _add_stored(parts: Sequence[_Weighted], sources: Sequence[str], new: NewAdapter, dtype: torch.dtype) -> Outcome:
     """Stored differences are added, whatever the method."""
     first = parts[0].each
     values = [part.each.tensors["diff"].to(torch.float64) for part in parts]

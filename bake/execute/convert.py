@@ -38,7 +38,13 @@ def run_conversion(
 
 
 def _keep(
-    each: Factored, names: Names, source: str, new: NewAdapter, dtype: str, fold: bool, scaled: dict[str, tuple[str, Scaled]]
+    each: Factored,
+    names: Names,
+    source: str,
+    new: NewAdapter,
+    dtype: str,
+    fold: bool,
+    scaled: dict[str, tuple[str, Scaled]],
 ) -> Outcome:
     """Keep one update and say how far the stored factors are from the input's."""
     before = each

@@ -105,9 +105,7 @@ class _DoraResidual:
         return total
 
 
-def run_extraction(
-    plan: ExtractionPlan, new: NewAdapter, dtype: str, memory: int, progress: Progress
-) -> list[Outcome]:
+def run_extraction(plan: ExtractionPlan, new: NewAdapter, dtype: str, memory: int, progress: Progress) -> list[Outcome]:
     """Compute every module of `plan` and keep its tensors in `new`. memory: bytes of a difference that is held.
 
     Raises NonFinite for NaN and infinity in either model and for factors that `dtype` cannot hold, InputChanged.
@@ -209,9 +207,13 @@ class _Extraction:
 
     def _full_name(self) -> str:
         """Norms have names of their own, which web UIs look for."""
-        weight = next((o for o in self.plan.differences if o.module == self.each.module and o.parameter == "weight"), None)
+        weight = next(
+            (o for o in self.plan.differences if o.module == self.each.module and o.parameter == "weight"), None
+        )
         is_norm = weight is not None and len(weight.shape) == 1
-        return {"weight": "norm" if is_norm else "diff", "bias": "norm_bias" if is_norm else "bias"}[self.each.parameter]
+        return {"weight": "norm" if is_norm else "diff", "bias": "norm_bias" if is_norm else "bias"}[
+            self.each.parameter
+        ]
 
 
 def low_rank(

@@ -49,7 +49,8 @@ def run_resizing(
 def _resize(module: Resizable, file: TensorFile, new: NewAdapter, ranks: Ranks, dtype: str) -> Outcome:
     """Keep the new factors of one module, unless they are the old ones."""
     up, down, mid = (_load(file, name) for name in (module.up, module.down, module.mid))
-    assert up is not None and down is not None
+    assert up is not None
+    assert down is not None
     left, right = up.flatten(1).to(torch.float64), _flat(down, mid)
     shape = (up.shape[0], *module.columns)
     product = factors.Product(left, right)

@@ -105,7 +105,9 @@ def _read(module: NewModule, update: Update, file: TensorFile, source: str) -> F
         tensors = {"up": tensors["down"].T.contiguous(), "down": tensors["up"].T.contiguous()}
     spelling = update.magnitude or ""
     if update.algorithm == "full":
-        spelling = next((end for end in ("w_norm", "b_norm", *_UP_BIAS) if update.factors["diff"].endswith(end)), "diff")
+        spelling = next(
+            (end for end in ("w_norm", "b_norm", *_UP_BIAS) if update.factors["diff"].endswith(end)), "diff"
+        )
     return Factored(module, update.parameter, update.algorithm, tensors, update.rank, update.scale, embedding, spelling)
 
 
@@ -173,8 +175,10 @@ def _turned(magnitude: Tensor, each: Factored, names: Names, source: str) -> Ten
     rows = each.tensors["up"].shape[0]
     ones = tuple(1 for _ in each.kernel)
     if magnitude.numel() != rows or (magnitude.dim() > 1 and magnitude.shape[0] == 1 and each.spelling == "dora_scale"):
+        if names == "kohya":
+            return magnitude
         raise Unsupported(
-            f"{source}: the DoRA magnitudes of {each.module.name!r} are of its inputs, which only kohya's names can say",
+            f"{source}: the DoRA magnitudes of {each.module.name!r} are of its inputs, which only kohya's names say",
             module=each.module.name,
         )
     if names == "kohya":

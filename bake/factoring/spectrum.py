@@ -30,7 +30,7 @@ class Matrix(Protocol):
 
 
 class Spectrum(NamedTuple):
-    """A matrix in its singular values: `left @ right`, of which any first columns and rows are the best of that rank."""
+    """A matrix by its singular values: `left @ right`; any first columns and rows are the best of that rank."""
 
     left: Tensor  # (rows, n)
     values: Tensor  # (n,), falling

@@ -136,10 +136,10 @@ def dotted_path(naming: str, family: str, path: str, flat: bool) -> str | None:
     """
     if naming in _UNETS:
         return _known_unet(family, flat).get(path)
-    if naming in TABLES:
-        return find_path(TABLES[naming], path, flat)
-    if naming == "stable-cascade":
-        return find_path(cascade.CASCADE, path, flat) or (None if flat else path)
+    if naming in TABLES or naming == "stable-cascade":
+        # What a table does not list is called the same in both layouts.
+        table = cascade.CASCADE if naming == "stable-cascade" else TABLES[naming]
+        return find_path(table, path, flat) or (None if flat else path)
     if naming in ("hf clip", "t5"):
         return _known_encoder(naming, flat).get(path)
     return None if flat else path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from bake.keys.spoken import Names
@@ -54,12 +54,13 @@ def peft_settings(modules: Mapping[str, Scaled], dora: bool, lora_bias: bool, fa
     The commonest rank and alpha are the configuration's own, modules with others are in its patterns.
     """
     rank, alpha = Counter(modules.values()).most_common(1)[0][0]
+    keys = _pattern_keys(modules)
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {path: each.rank for path, each in modules.items() if each.rank != rank},
-        "alpha_pattern": {path: _plain(each.alpha) for path, each in modules.items() if each.alpha != alpha},
+        "rank_pattern": {keys[path]: each.rank for path, each in modules.items() if each.rank != rank},
+        "alpha_pattern": {keys[path]: _plain(each.alpha) for path, each in modules.items() if each.alpha != alpha},
         "target_modules": sorted(modules),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -70,6 +71,16 @@ def peft_settings(modules: Mapping[str, Scaled], dora: bool, lora_bias: bool, fa
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _pattern_keys(paths: Iterable[str]) -> dict[str, str]:
+    """path -> the pattern for it alone: one that is the end of another path would stand for that one as well.
+
+    Source: PEFT utils/other.py get_pattern_key; diffusers loaders/peft.py writes "^" for the same reason.
+    """
+    paths = list(paths)
+    ends = {path[place + 1 :] for path in paths for place, letter in enumerate(path) if letter == "."}
+    return {path: f"^{path}" if path in ends else path for path in paths}
 
 
 def _plain(number: float) -> float | int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from bake.errors import UsageError
+from bake.errors import OutputRefused, UsageError
+from bake.keys.spoken import Names
 
 DEFAULT_RANK = 64
 ADAPTER_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
@@ -35,8 +37,6 @@ class Ranks:
     seed: int = 0  # of randomised SVD
 
     def __post_init__(self) -> None:
-        if self.rule not in _RULES:
-            raise UsageError(f"--keep {self.rule}: unknown; it is {', '.join(f'{rule}=NUMBER' for rule in RULES)}")
         low, high, _ = _RULES[self.rule]
         if self.rule != "fixed" and not low < self.parameter <= high:
             raise UsageError(f"--keep {self.rule}={self.parameter:g}: the number is above {low:g}, at most {high:g}")
@@ -60,7 +60,9 @@ class Ranks:
 
 def parse_rule(text: str) -> tuple[str, float]:
     """(rule, parameter) of RULE=NUMBER; raises UsageError."""
-    rule, equals, number = text.partition("=")
+    rule, _, number = text.partition("=")
+    if rule not in RULES:
+        raise UsageError(f"--keep {text}: unknown; it is {', '.join(f'{rule}=NUMBER' for rule in RULES)}")
     try:
         return rule, float(number)
     except ValueError:
@@ -84,3 +86,12 @@ class Outcome:
     def error(self) -> float:
         """|residual| / |norm|; 0 where there was nothing to express."""
         return self.residual / self.norm if self.norm else 0.0
+
+
+def check_name(output: Path, names: Names) -> None:
+    """Raise OutputRefused if the output's name is not that of what is written: a file, or a folder for PEFT."""
+    is_file = output.suffix == ".safetensors"
+    if names == "peft" and is_file:
+        raise OutputRefused(f"{output}: a PEFT adapter is a folder; give a name without .safetensors")
+    if names != "peft" and not is_file:
+        raise OutputRefused(f"{output}: the output is a safetensors file; let its name end in .safetensors")

@@ -24,7 +24,6 @@ from bake.plan.adapter import Ranks
 from bake.plan.model import Input, Stored
 from bake.plan.recipe import is_text_encoder
 
-_EMA = "model_ema."
 _VAE = "vae"
 _LISTED = 6
 
@@ -148,6 +147,7 @@ def plan_extraction(request: ExtractionRequest) -> ExtractionPlan:
         tuned, base = (_named(*each, names) for each in zip(checkpoints, identities, strict=True))
         notes: list[str] = []
         differences = tuple(_pair(request, tuned, base, names, len(checkpoints[0].files), notes))
+        notes += _outside(checkpoints[1], base)
         _check_expressible(request, names, differences)
         return ExtractionPlan(
             request=request,
@@ -289,9 +289,7 @@ def _is_low_rank(model: _Model, module: str, parameter: _Parameter) -> bool:
     return named and is_layer(parameter.path, parameter.shape) and (not is_bare or parameter.places[0].transposed)
 
 
-def _check_same(
-    request: ExtractionRequest, tuned: _Model, base: _Model, wanted: set[str], notes: list[str]
-) -> None:
+def _check_same(request: ExtractionRequest, tuned: _Model, base: _Model, wanted: set[str], notes: list[str]) -> None:
     """Raise Mismatch if, in components that both have, one has layers that the other lacks."""
     for mine, theirs, path in ((tuned, base, request.tuned), (base, tuned, request.base)):
         alone = [
@@ -315,9 +313,15 @@ def _check_same(
         notes.append(f"only {path.name} has {len(rest)} parameters, e.g. {listed}: left out")
 
 
-def _check_expressible(
-    request: ExtractionRequest, names: Names, differences: Sequence[DifferencePlan]
-) -> None:
+def _outside(checkpoint: Checkpoint, base: _Model) -> Iterator[str]:
+    """What is said of tensors that are part of no model: averaged copies, noise schedules."""
+    inside = {place.tensor for each in base.parameters.values() for place in each.places}
+    outside = [name for name, _, _ in checkpoint.tensors() if name not in inside]
+    if outside:
+        yield f"{len(outside)} tensors belong to no model (e.g. {outside[0]}): not compared"
+
+
+def _check_expressible(request: ExtractionRequest, names: Names, differences: Sequence[DifferencePlan]) -> None:
     if not any(each.low_rank for each in differences):
         raise Mismatch(f"{request.tuned} and {request.base} have no layer in common that a LoRA could be for")
     if request.rest and names == "diffusers":

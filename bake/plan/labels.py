@@ -14,7 +14,7 @@ RECORD_KEY = "bake.adapter"
 RECORD_SCHEMA = 1
 
 # What kohya's scripts write into ss_base_model_version. Source: sd-scripts library/sdxl_model_util.py, train_util.py,
-# flux_utils.py, sd3_utils.py.
+# flux_utils.py, sd3_utils.py. Other trainers write the name of the family.
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "sd3": "sd3m", "flux": "flux1"}
 # Keys that describe the bytes of the file they were written into.
 _STALE = ("sshs_", "ss_network_", "modelspec.hash_sha256", "modelspec.date", "lora_adapter_metadata", RECORD_KEY)
@@ -39,8 +39,7 @@ def family_keys(family: str, variant: str | None, title: str) -> dict[str, str]:
     architecture = known.architecture(variant)
     if architecture:
         keys |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora"}
-    if family in _VERSIONS:
-        keys["ss_base_model_version"] = _VERSIONS[family]
+    keys["ss_base_model_version"] = _VERSIONS.get(family, family)
     return keys | ({"ss_v2": "True"} if family == "sd2" else {})
 
 

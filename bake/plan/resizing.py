@@ -58,13 +58,15 @@ def plan_resizing(adapter: Adapter, ranks: Ranks) -> ResizePlan:
     if adapter.refusals:
         raise adapter.refusals[0]
     if adapter.config is not None and adapter.config.kind == "MLX":
-        raise Unsupported(f"{path}: MLX knows one rank for all modules; make it PEFT's first: bake convert --names peft")
+        raise Unsupported(
+            f"{path}: MLX knows one rank for all modules; make it PEFT's first: bake convert --names peft"
+        )
     alphas = {found[0]: key for key, found in _split(adapter) if found[1].factor == "alpha"}
     modules = tuple(filter(None, (_resizable(adapter, module, alphas) for module in adapter.modules)))
     if not modules:
         raise Unsupported(
-            f"{path}: no LoRA in it ({', '.join(adapter.algorithms)}), and no other kind has a rank that can be changed "
-            f"without training"
+            f"{path}: no LoRA in it ({', '.join(adapter.algorithms)}), and no other kind has a rank that can be "
+            f"changed without training"
         )
     return ResizePlan(ranks, modules, len(adapter.modules) - len(modules))
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from bake.errors import DuplicateTarget, UnmatchedModules, Unsupported, UsageError
 from bake.identify.adapter import Adapter, Module
+from bake.identify.checkpoint import identify_checkpoint
 from bake.identify.families import title
 from bake.identify.updates import Update
+from bake.io.checkpoint import open_checkpoint
 from bake.keys.dialects import Address
-from bake.keys.modules import TABLES, Component
+from bake.keys.modules import TABLES, Component, ModuleIndex
 from bake.keys.places import Parameters, Place
 from bake.keys.spoken import Names, dotted_path, prefix_of, speaks, spelled, spoken_modules
+from bake.plan.base import check_family
 from bake.plan.recipe import is_text_encoder
 
 _UNETS = ("sd1", "sd2", "sdxl", "sdxl-refiner")
@@ -56,9 +60,10 @@ class Respelled:
     prefixes: Mapping[str, str]  # component -> what its modules' names begin with
 
 
-def respell(adapter: Adapter, names: Names, only: Iterable[str] = ()) -> Respelled:
+def respell(adapter: Adapter, names: Names, only: Iterable[str] = (), base: Path | None = None) -> Respelled:
     """The modules of `adapter` in the names of a dialect.
 
+    base: a checkpoint of its family, in which modules are looked up; None: in the tables of the family alone.
     Raises Unsupported where the names do not tell the family or cannot be said in the dialect, UnmatchedModules for
     modules that no model of the family has, DuplicateTarget for two names of one module, UsageError for a dialect
     that is not for this adapter.
@@ -66,13 +71,15 @@ def respell(adapter: Adapter, names: Names, only: Iterable[str] = ()) -> Respell
     path = adapter.source.path
     if adapter.refusals:
         raise adapter.refusals[0]
-    family = _family_of(adapter)
-    located, unknown = _locate_all(adapter, family)
+    index, family = (None, _family_of(adapter)) if base is None else _read_names(base, adapter)
+    located, unknown = _locate_all(adapter, family, names, index)
     if unknown or adapter.unknown:
         lost = [*(module.name for module in unknown), *adapter.unknown]
         raise UnmatchedModules(
-            f"{path}: {len(lost)} of its modules are none that {title(family)} is known to have, so their names in "
-            f"another dialect are not known: {', '.join(lost[:_LISTED])}{', ...' if len(lost) > _LISTED else ''}",
+            f"{path}: {len(lost)} of its modules are not in {base if base else f'the tables of {title(family)}'}, so "
+            f"their names in another dialect are not known: {', '.join(lost[:_LISTED])}"
+            f"{', ...' if len(lost) > _LISTED else ''}"
+            f"{'' if base else '. --base names a checkpoint to look them up in.'}",
             unmatched=lost,
         )
     located = {
@@ -106,18 +113,31 @@ def _family_of(adapter: Adapter) -> str:
     listed = f" (it may be for {', '.join(sorted(adapter.families))})" if adapter.families else ""
     raise Unsupported(
         f"{adapter.source.path}: neither names nor shapes nor metadata tell which family it is for{listed}, so its "
-        f"names in another dialect are not known",
+        f"names in another dialect are not known. --base names a checkpoint of its family.",
     )
 
 
+def _read_names(base: Path, adapter: Adapter) -> tuple[ModuleIndex, str]:
+    """(the modules of a checkpoint, its family); raises FamilyMismatch if the adapter is for another one."""
+    checkpoint = open_checkpoint(base)
+    checkpoint.close()
+    identity = identify_checkpoint(checkpoint)
+    check_family(identity, adapter)
+    index = ModuleIndex(identity.components, {name: info.shape for name, _, info in checkpoint.tensors()})
+    return index, "language-model" if identity.language_model else identity.family
+
+
 def _locate_all(
-    adapter: Adapter, family: str
+    adapter: Adapter, family: str, names: Names, index: ModuleIndex | None
 ) -> tuple[dict[Component, dict[str, Module]], list[Module]]:
     """(component -> dotted path in any layout -> module, the modules that have none)."""
     located: dict[Component, dict[str, Module]] = {}
     unknown = []
     for module in adapter.modules:
-        place = next(filter(None, (_locate(reading, family) for reading in module.readings)), None)
+        # The last readings take a name as it stands, prefix and all: they count where there is no prefix.
+        readings = [reading for reading in module.readings if reading.dialect == module.readings[0].dialect]
+        looked_up = (_look_up(reading, index) if index else _locate(reading, family) for reading in readings)
+        place = next(filter(None, looked_up), None) or _kept(module.readings[0], family, names)
         if place is None:
             unknown.append(module)
             continue
@@ -140,6 +160,22 @@ def _locate(reading: Address, family: str) -> tuple[Component, str] | None:
         if path is not None:
             return component, path
     return None
+
+
+def _look_up(reading: Address, index: ModuleIndex) -> tuple[Component, str] | None:
+    """The same in a checkpoint."""
+    found = index.find(reading)
+    if found is None:
+        return None
+    return next(each for each in index.components if each.name == found.component), found.module
+
+
+def _kept(reading: Address, family: str, names: Names) -> tuple[Component, str] | None:
+    """A flat name that is in no table, where flat names are wanted: it stays as it is."""
+    is_listed = family in _UNETS and not reading.components[0].startswith("te")
+    is_kept = reading.style == "flat" and names == "kohya" and not is_listed
+    component = next(_components(reading, family), None)
+    return (component, reading.path) if is_kept and component is not None else None
 
 
 def _components(reading: Address, family: str) -> Iterator[Component]:
@@ -181,9 +217,7 @@ def _spoken(
     prefix = prefix_of(component, family, names)
     for path, parameters in spoken.items():
         places = parameters.get("weight") or next(iter(parameters.values()))
-        yield NewModule(
-            spelled(prefix, path, names), path, component.name, tuple(_shares(places, modules, shapes))
-        )
+        yield NewModule(spelled(prefix, path, names), path, component.name, tuple(_shares(places, modules, shapes)))
 
 
 def _shares(
