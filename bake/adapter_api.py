@@ -29,7 +29,7 @@ from bake.plan.extraction import ExtractionPlan, ExtractionRequest, plan_extract
 from bake.plan.labels import carried_keys, family_keys, network_keys, record
 from bake.plan.model import Input
 from bake.plan.resizing import plan_resizing, resized_config, resized_metadata
-from bake.plan.respelling import Respelled, respell
+from bake.plan.respelling import WRITTEN_AS, Respelled, respell
 from bake.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -253,7 +253,9 @@ def resize(
     ranks = _ranks(rank, conv_rank, keep, clamp_quantile, "auto", 0)
     with _opened([adapter]) as (found,):
         plan = plan_resizing(found, ranks)
-        names: Names = "peft" if found.source.config is not None else "kohya"
+        names: Names = "kohya" if WRITTEN_AS.get(found.dialects[0]) == "kohya" else "diffusers"
+        if found.source.config is not None:
+            names = "peft"
         making = _Making("resize", Path(output), names, _inputs_of([found.source]), overwrite, record, metadata)
         with making.draft() as new:
             outcomes, scaled = run_resizing(plan, found.source.file, new, dtype, progress or Silent())
@@ -440,8 +442,7 @@ class _Making:
     ) -> AdapterResult:
         """Publish what is in `new` with its metadata. config: of a PEFT adapter, or for diffusers' metadata."""
         metadata = dict(keys)
-        image = family != "language-model" and "ss_base_model_version" in metadata
-        if self.names == "kohya" and scaled and (image or self.verb != "resize"):
+        if self.names == "kohya" and scaled:
             metadata |= network_keys((each.rank, each.alpha) for _, each in scaled.values())
         if config is not None and self.names != "peft":
             metadata |= config

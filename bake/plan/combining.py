@@ -11,7 +11,7 @@ from bake.identify.adapter import Adapter
 from bake.identify.families import title
 from bake.keys.spoken import Names, usual_names
 from bake.plan.adapter import Ranks
-from bake.plan.respelling import WRITTEN_AS, NewModule, Respelled, respell
+from bake.plan.respelling import WRITTEN_AS, NewModule, Respelled, family_of, respell
 
 EXACT = "concat"
 # The others make one update of several, and factors of that. linear is PEFT's name for svd.
@@ -73,7 +73,7 @@ def plan_combination(
     dialect = adapters[0].dialects[0]
     is_language_model = "language-model" in adapters[0].families
     chosen = names or WRITTEN_AS.get(dialect) or usual_names("", is_language_model)
-    respelled = tuple(respell(adapter, chosen, only) for adapter in adapters)
+    respelled = _respelled(adapters, chosen, only)
     for adapter, each in zip(adapters, respelled, strict=True):
         if each.family != respelled[0].family:
             raise FamilyMismatch(
@@ -95,4 +95,19 @@ def plan_combination(
     return CombinePlan(
         *(combination, ranks, respelled[0].family, chosen, tuple(weights), respelled),
         {name: tuple(found) for name, found in together.items()},
+    )
+
+
+def _respelled(adapters: Sequence[Adapter], names: Names, only: Iterable[str]) -> tuple[Respelled, ...]:
+    """All adapters in one dialect; whose own names leave the family open belongs to the first that tells it."""
+    told = []
+    for adapter in adapters:
+        try:
+            told.append(family_of(adapter))
+        except Unsupported:
+            told.append("")
+    known = next(filter(None, told), None)
+    families = (family or known for family in told)
+    return tuple(
+        respell(adapter, names, only, family=family) for adapter, family in zip(adapters, families, strict=True)
     )

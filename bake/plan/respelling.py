@@ -60,10 +60,13 @@ class Respelled:
     prefixes: Mapping[str, str]  # component -> what its modules' names begin with
 
 
-def respell(adapter: Adapter, names: Names, only: Iterable[str] = (), base: Path | None = None) -> Respelled:
+def respell(
+    adapter: Adapter, names: Names, only: Iterable[str] = (), base: Path | None = None, family: str | None = None
+) -> Respelled:
     """The modules of `adapter` in the names of a dialect.
 
     base: a checkpoint of its family, in which modules are looked up; None: in the tables of the family alone.
+    family: None where names, shapes and metadata tell it.
     Raises Unsupported where the names do not tell the family or cannot be said in the dialect, UnmatchedModules for
     modules that no model of the family has, DuplicateTarget for two names of one module, UsageError for a dialect
     that is not for this adapter.
@@ -71,7 +74,11 @@ def respell(adapter: Adapter, names: Names, only: Iterable[str] = (), base: Path
     path = adapter.source.path
     if adapter.refusals:
         raise adapter.refusals[0]
-    index, family = (None, _family_of(adapter)) if base is None else _read_names(base, adapter)
+    index = None
+    if base is not None:
+        index, family = _read_names(base, adapter)
+    elif family is None:
+        family = family_of(adapter)
     located, unknown = _locate_all(adapter, family, names, index)
     if unknown or adapter.unknown:
         lost = [*(module.name for module in unknown), *adapter.unknown]
@@ -103,8 +110,10 @@ def _is_wanted(component: str, only: Iterable[str]) -> bool:
     return any(component == name or (name == "te" and is_text_encoder(component)) for name in only)
 
 
-def _family_of(adapter: Adapter) -> str:
-    if "language-model" in adapter.families:
+def family_of(adapter: Adapter) -> str:
+    """The family that decides an adapter's names; raises Unsupported if nothing tells."""
+    by_config = adapter.config is not None and not adapter.families and adapter.family_hint is None
+    if "language-model" in adapter.families or by_config:  # PEFT's names are those of the model itself
         return "language-model"
     if adapter.family is not None:
         return adapter.family
