@@ -102,16 +102,18 @@ def _combine(
     square = factors.squares(true)
     if not math.isfinite(square):
         raise NonFinite(f"{first.module.name}: its factors hold NaN or infinity", module=first.module.name)
-    residual = factors.residual(true, left.to(torch.float64) * scale, right)
     rank = left.shape[1]
+    has_alpha = "alpha" in SUFFIXES[plan.names]
+    alpha = alpha_of(scale, rank, wanted) if has_alpha else torch.tensor(scale * rank, dtype=torch.float64)
+    residual = factors.residual(true, left.to(torch.float64) * (float(alpha) / max(1, rank)), right)
     shape = (left.shape[0], *first.columns)
     if rank:
         kernel = tuple(1 for _ in first.kernel)
         made = Factored(first.module, "weight", "lora", {}, rank, scale)
         new.add(f"{first.module.name}.{suffix('up', made, plan.names)}", left.reshape(shape[0], rank, *kernel))
         new.add(f"{first.module.name}.{suffix('down', made, plan.names)}", right.reshape(rank, *first.columns))
-        if "alpha" in SUFFIXES[plan.names]:
-            new.add(f"{first.module.name}.alpha", alpha_of(scale, rank, wanted))
+        if has_alpha:
+            new.add(f"{first.module.name}.alpha", alpha)
         scaled[first.module.path] = first.module.component, Scaled(rank, scale * rank)
     where = (first.module.name, first.module.component, "weight")
     return Outcome(*where, "lora" if rank else "unchanged", shape, rank, math.sqrt(square), math.sqrt(residual))

@@ -72,9 +72,12 @@ def _resize(module: Resizable, file: TensorFile, new: NewAdapter, ranks: Ranks, 
     left, right = (factors.stored(half, wanted, module.name) for half in (left, right))
     new.add(module.up, left.reshape(up.shape[0], count, *up.shape[2:]))
     new.add(module.down, right.reshape(count, *module.columns))
+    gain = 1.0  # what the rounding of alpha itself adds
     if module.alpha is not None:
-        new.add(module.alpha, alpha_of(module.scale, count, wanted).reshape(file.tensors[module.alpha].shape))
-    residual = math.sqrt(factors.residual(product, left, right)) * abs(module.scale)
+        alpha = alpha_of(module.scale, count, wanted)
+        new.add(module.alpha, alpha.reshape(file.tensors[module.alpha].shape))
+        gain = float(alpha) / count / module.scale if module.scale else 1.0
+    residual = math.sqrt(factors.residual(product, left.to(torch.float64) * gain, right)) * abs(module.scale)
     return Outcome(module.name, module.component, "weight", "lora", shape, count, norm, residual)
 
 

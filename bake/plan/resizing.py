@@ -63,6 +63,11 @@ def plan_resizing(adapter: Adapter, ranks: Ranks) -> ResizePlan:
         )
     alphas = {found[0]: key for key, found in _split(adapter) if found[1].factor == "alpha"}
     modules = tuple(filter(None, (_resizable(adapter, module, alphas) for module in adapter.modules)))
+    if adapter.config is not None and len(modules) < sum(_has_lora(module) for module in adapter.modules):
+        raise Unsupported(
+            f"{path}: LoRAs on stacked experts are among its modules, whose rank its configuration says together with "
+            f"the others'. Fuse it into its base with 'bake fuse' and take the result out again with 'bake extract'."
+        )
     if not modules:
         raise Unsupported(
             f"{path}: no LoRA in it ({', '.join(adapter.algorithms)}), and no other kind has a rank that can be "
@@ -95,6 +100,10 @@ def _resizable(adapter: Adapter, module: Module, alphas: Mapping[str, str]) -> R
         scale=update.scale,
         columns=(tensors[update.factors["down"]].shape[1], *wide[2:]),
     )
+
+
+def _has_lora(module: Module) -> bool:
+    return any(update.algorithm == "lora" for update in module.updates)
 
 
 def _is_part(update: Update) -> bool:
