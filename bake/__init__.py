@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bake.adapter_api import AdapterResult, combine, convert, extract, resize
     from bake.api import Result, build_plan, check_output, fuse, run_plan
     from bake.errors import BakeError
     from bake.inspection import inspect
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterChoice",
+    "AdapterResult",
     "BakeError",
     "Plan",
     "Report",
@@ -33,14 +35,19 @@ __all__ = [
     "build_merge_plan",
     "build_plan",
     "check_output",
+    "combine",
+    "convert",
+    "extract",
     "fuse",
     "inspect",
     "merge",
+    "resize",
     "run_plan",
 ]
 
 _HOMES = {
     "AdapterChoice": "bake.plan.recipe",
+    "AdapterResult": "bake.adapter_api",
     "BakeError": "bake.errors",
     "Plan": "bake.plan.model",
     "Report": "bake.verify.report",
@@ -49,9 +56,13 @@ _HOMES = {
     "build_merge_plan": "bake.merging",
     "build_plan": "bake.api",
     "check_output": "bake.api",
+    "combine": "bake.adapter_api",
+    "convert": "bake.adapter_api",
+    "extract": "bake.adapter_api",
     "fuse": "bake.api",
     "inspect": "bake.inspection",
     "merge": "bake.merging",
+    "resize": "bake.adapter_api",
     "run_plan": "bake.api",
 }
 

@@ -27,6 +27,10 @@ COMMANDS = {
     "plan": "bake.cli.plan",
     "inspect": "bake.cli.inspect",
     "verify": "bake.cli.verify",
+    "extract": "bake.cli.extract",
+    "resize": "bake.cli.resize",
+    "combine": "bake.cli.combine",
+    "convert": "bake.cli.convert",
     "env": "bake.cli.env",
     "completion": "bake.cli.completion",
 }
@@ -36,6 +40,10 @@ _SUMMARIES = {
     "plan": "Say what fuse would do with BASE, from headers alone.",
     "inspect": "Say what FILE is and what is inside.",
     "verify": "Recompute OUTPUT from its inputs in float64 and compare.",
+    "extract": "Write the LoRA that makes TUNED of BASE.",
+    "resize": "Write LORA with other ranks.",
+    "combine": "Write one LoRA for several.",
+    "convert": "Write LORA in the names of another dialect.",
     "env": "Print versions and devices, for bug reports.",
     "completion": "Print the completion script of SHELL.",
 }

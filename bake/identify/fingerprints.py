@@ -107,7 +107,7 @@ _VERSIONS = (
     *(("flux2", "flux2"), ("flux", "flux"), ("chroma", "chroma"), ("auraflow", "auraflow"), ("pixart", "pixart")),
     *(("lumina", "lumina2"), ("zimage", "z-image"), ("hunyuanvideo", "hunyuan-video")),
     *(("hunyuanimage", "hunyuan-video"), ("wan", "wan"), ("qwenimage", "qwen-image"), ("ltx", "ltxv")),
-    *(("stablecascade", "stable-cascade"),),
+    *(("stablecascade", "stable-cascade"), ("mochi", "mochi"), ("sana", "sana")),
 )
 
 

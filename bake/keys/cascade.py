@@ -30,11 +30,7 @@ def cascade_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, tupl
     PyTorch's MultiheadAttention has its projection as bare parameters, in_proj_weight and
     in_proj_bias; here they are one module like any other, and have their own names besides.
     """
-    joined: dict[str, Parameters] = {}
-    for module, parameters in modules.items():
-        projection, _, parameter = module.rpartition("_")
-        if projection.endswith(".in_proj"):
-            joined.setdefault(projection, {})[parameter] = parameters["weight"]
+    joined = _projections(modules)
     found = joined | aliases(CASCADE, {**modules, **joined}, shapes)
     bare = {
         f"{module}_{parameter}": {"weight": places}
@@ -43,3 +39,18 @@ def cascade_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, tupl
         for parameter, places in parameters.items()
     }
     return found | bare
+
+
+def with_projections(modules: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    """The modules, with the two bare parameters of each projection as the one module that they are."""
+    bare = {f"{module}_{parameter}" for module, found in _projections(modules).items() for parameter in found}
+    return {path: found for path, found in modules.items() if path not in bare} | _projections(modules)
+
+
+def _projections(modules: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    joined: dict[str, Parameters] = {}
+    for module, parameters in modules.items():
+        projection, _, parameter = module.rpartition("_")
+        if projection.endswith(".in_proj"):
+            joined.setdefault(projection, {})[parameter] = parameters["weight"]
+    return joined

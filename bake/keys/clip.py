@@ -42,6 +42,29 @@ def hf_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -
 
 def openclip_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> dict[str, Parameters]:
     """The Hugging Face spellings of an OpenCLIP text encoder's modules; q, k and v are row thirds."""
+    found = _in_hf_names(modules, shapes)
+    found.update(_with_and_without_level(found))
+    found.update(_old_projections(found))
+    return found
+
+
+def hf_modules(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> dict[str, Parameters]:
+    """The modules of an OpenCLIP text encoder by the one name that Hugging Face's CLIP has for each.
+
+    What it has none for, such as `logit_scale`, keeps its own.
+    """
+    found = _in_hf_names(modules, shapes)
+    covered = {place.tensor for parameters in found.values() for places in parameters.values() for place in places}
+    named = {path if path == "text_projection" else _LEVEL + path: parameters for path, parameters in found.items()}
+    return named | {
+        module: parameters
+        for module, parameters in modules.items()
+        if not any(place.tensor in covered for places in parameters.values() for place in places)
+    }
+
+
+def _in_hf_names(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> dict[str, Parameters]:
+    """The modules in Hugging Face's names, without the level `text_model.`."""
     found: dict[str, Parameters] = {}
     for module, parameters in modules.items():
         block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", module)
@@ -61,8 +84,6 @@ def openclip_aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, Sha
                     target[_FUSED[fused]] = (Place(place.tensor, rows),)
             elif block[2] in _RESBLOCK:
                 found[f"{layer}.{_RESBLOCK[block[2]]}"] = parameters
-    found.update(_with_and_without_level(found))
-    found.update(_old_projections(found))
     return found
 
 

@@ -55,6 +55,8 @@ FLUX = Table(
     same("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
     # Chroma has this in place of all modulations.
     same("distilled_guidance_layer.layers.#.in_layer", "distilled_guidance_layer.layers.#.linear_1"),
+    same("distilled_guidance_layer.in_proj"),
+    same("distilled_guidance_layer.out_proj"),
     same("distilled_guidance_layer.layers.#.out_layer", "distilled_guidance_layer.layers.#.linear_2"),
 )
 

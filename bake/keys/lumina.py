@@ -35,6 +35,7 @@ LUMINA2 = Table(
     *_within_all(("layers", "noise_refiner", "context_refiner"), *_LUMINA2_BLOCK),
     *_within_all(("layers", "noise_refiner"), *_MODULATED),
     *_within_all(("context_refiner",), same("attention_norm1", "norm1")),
+    same("x_embedder"),
     same("cap_embedder.0", "time_caption_embed.caption_embedder.0"),
     same("cap_embedder.1", "time_caption_embed.caption_embedder.1"),
     same("t_embedder.mlp.0", "time_caption_embed.timestep_embedder.linear_1"),
@@ -50,7 +51,10 @@ Z_IMAGE = Table(
         same("attention.out", "attention.to_out.0"),
         same("attention.q_norm", "attention.norm_q"),
         same("attention.k_norm", "attention.norm_k"),
+        *(same(f"feed_forward.w{number}") for number in (1, 2, 3)),
     ),
+    *_within_all(("layers", "noise_refiner"), same("adaLN_modulation.0")),
+    *(same(path) for path in ("cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2")),
     # "2-1": diffusers keeps these by patch size, in pixels and in frames.
     same("x_embedder", "all_x_embedder.2-1"),
     same("final_layer.linear", "all_final_layer.2-1.linear"),

@@ -86,6 +86,7 @@ class ModuleIndex:
     def __init__(self, components: tuple[Component, ...], shapes: Mapping[str, Shape]) -> None:
         """`shapes`: full tensor name -> shape, of the whole base."""
         self.components = components
+        self.own: dict[str, dict[str, Parameters]] = {}  # component -> module as the base spells it -> its parameters
         self.spellings: dict[str, dict[str, Parameters]] = {}
         for component, names in split_by_component(components, shapes):
             own: dict[str, Parameters] = {}
@@ -94,6 +95,7 @@ class ModuleIndex:
                 if name.endswith(SCALE) and f"{component.prefix}{module}.weight" in shapes:
                     module = name[len(component.prefix) :]  # a scale beside a weight is another thing
                 own.setdefault(module, {})[parameter] = (Place(name),)
+            self.own[component.name] = own
             self.spellings[component.name] = _attention(own) | own | NAMINGS[component.naming](own, shapes)
         self._flat: dict[str, dict[str, str]] = {}
 

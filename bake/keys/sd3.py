@@ -35,6 +35,7 @@ SD3 = Table(
         same("context_block.mlp.fc1", "ff_context.net.0.proj"),
         same("context_block.mlp.fc2", "ff_context.net.2"),
     ),
+    same("context_embedder"),
     same("x_embedder.proj", "pos_embed.proj"),
     same("pos_embed", "pos_embed.pos_embed"),
     same("t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_1"),

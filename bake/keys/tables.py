@@ -8,13 +8,15 @@ from them.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bake.keys.places import Parameters, Place
 
 Shape = tuple[int, ...]
+Layout = Literal["original", "diffusers"]
 
 # (rows, columns) of a weight that holds several parts -> rows of each, in its order; None: not this row's tensor.
 Rule = Callable[[int, int], Sequence[int] | None]
@@ -42,7 +44,10 @@ class Table:
         self.rows: list[tuple[Spelling, ...]] = []
         self.rules: list[Rule | None] = []
         self.by_pattern: dict[str, list[tuple[int, str]]] = {}  # pattern -> (place of its row, its parts)
+        self.layouts: dict[Layout, list[tuple[Spelling, ...]]] = {"original": [], "diffusers": []}  # by place
         for row in rows:
+            self.layouts["original"].append(_first_of_each_part(row.original))
+            self.layouts["diffusers"].append(_first_of_each_part(row.diffusers))
             spellings = tuple(dict.fromkeys(_with_short_outputs((*row.original, *row.diffusers))))
             for pattern, parts in spellings:
                 self.by_pattern.setdefault(pattern, []).append((len(self.rows), parts))
@@ -99,6 +104,15 @@ def _with_short_outputs(spellings: Iterable[Spelling]) -> Iterable[Spelling]:
             yield Spelling(pattern.removesuffix(".0"), parts)
 
 
+def _first_of_each_part(spellings: Iterable[Spelling]) -> tuple[Spelling, ...]:
+    """The names that together are the whole row once: where there are several for one part, the first."""
+    chosen: list[Spelling] = []
+    for spelling in spellings:
+        if not any(set(spelling.parts) & set(other.parts) for other in chosen):
+            chosen.append(spelling)
+    return tuple(chosen)
+
+
 def _equal(count: int) -> Rule:
     def sizes(rows: int, columns: int) -> Sequence[int] | None:
         return [rows // count] * count if rows % count == 0 else None
@@ -114,22 +128,75 @@ def aliases(table: Table, modules: Mapping[str, Parameters], shapes: Mapping[str
 
     shapes: full tensor name -> shape; the weight of a fused module tells where its parts begin.
     """
-    found: dict[tuple[int, tuple[str, ...]], dict[str, dict[str, Place]]] = {}  # row, numbers -> part -> its places
-    for module, parameters in modules.items():
-        for pattern, numbers in _patterns(module):
-            for place, parts in table.by_pattern.get(pattern, ()):
-                located = _locate(parts, parameters, table.rules[place], shapes)
-                if located is not None:
-                    for part, where in located.items():
-                        found.setdefault((place, numbers), {}).setdefault(part, where)
-                    break  # of several rows for one name, the first that its shape fits
     others: dict[str, Parameters] = {}
-    for (place, numbers), located in found.items():
+    for (place, numbers), (located, _) in _rows_of(table, modules, shapes).items():
         for pattern, parts in table.rows[place]:
             path = _filled(pattern, numbers)
             if path not in modules and all(part in located for part in parts):
                 others[path] = _assemble([located[part] for part in parts], shapes)
     return others
+
+
+def in_layout(
+    table: Table, modules: Mapping[str, Parameters], shapes: Mapping[str, Shape], layout: Layout
+) -> dict[str, Parameters]:
+    """`modules` by their names in one layout, each of their rows once; what has no name there keeps its own.
+
+    That is what the table does not list, and parts of a fused module whose other parts are missing.
+    """
+    spoken: dict[str, Parameters] = {}
+    renamed: set[str] = set()
+    for (place, numbers), (located, owners) in _rows_of(table, modules, shapes).items():
+        spellings = table.layouts[layout][place]
+        if all(part in located for spelling in spellings for part in spelling.parts):
+            renamed.update(owners)
+            for pattern, parts in spellings:
+                spoken[_filled(pattern, numbers)] = _assemble([located[part] for part in parts], shapes)
+    return {module: parameters for module, parameters in modules.items() if module not in renamed} | spoken
+
+
+def find_path(table: Table, path: str, flat: bool) -> str | None:
+    """The dotted spelling in `table` that `path` is, or that it is when dots are written "_"; None if there is none."""
+    if not flat:
+        return path if any(pattern in table.by_pattern for pattern, _ in _patterns(path)) else None
+    for pattern in table.by_pattern:
+        found = _flat_regex(pattern).fullmatch(path)
+        if found is not None:
+            return _filled(pattern, found.groups())
+    return None
+
+
+def is_in_layout(table: Table, path: str, layout: Layout) -> bool:
+    """True if `path` is a name of that layout, or one that the table does not list at all."""
+    listed = [(pattern, place) for pattern, _ in _patterns(path) for place, _ in table.by_pattern.get(pattern, ())]
+    return not listed or any(
+        pattern == spelling.pattern for pattern, place in listed for spelling in table.layouts[layout][place]
+    )
+
+
+@functools.cache
+def _flat_regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern.replace(".", "_")).replace(re.escape("#"), r"(\d+)"))
+
+
+# (row of the table, numbers) -> (part -> parameter -> its place, the modules that hold the parts)
+_Rows = dict[tuple[int, tuple[str, ...]], tuple[dict[str, dict[str, Place]], list[str]]]
+
+
+def _rows_of(table: Table, modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> _Rows:
+    """The rows of the table that `modules` fill, in whole or in part."""
+    found: _Rows = {}
+    for module, parameters in modules.items():
+        for pattern, numbers in _patterns(module):
+            for place, parts in table.by_pattern.get(pattern, ()):
+                located = _locate(parts, parameters, table.rules[place], shapes)
+                if located is not None:
+                    parts_found, owners = found.setdefault((place, numbers), ({}, []))
+                    owners.append(module)
+                    for part, where in located.items():
+                        parts_found.setdefault(part, where)
+                    break  # of several rows for one name, the first that its shape fits
+    return found
 
 
 def _patterns(module: str) -> Iterable[tuple[str, tuple[str, ...]]]:

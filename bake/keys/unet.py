@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from bake.keys.places import Parameters
 
@@ -58,8 +59,8 @@ def aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, tuple[int, .
 def translate(modules: Iterable[str]) -> dict[str, str]:
     """module -> its name in the other layout, for every module that has one."""
     modules = list(modules)
-    blocks = _blocks_of_ldm(modules) if _is_ldm(modules) else _blocks_of_diffusers(modules)
-    to_diffusers = _is_ldm(modules)
+    blocks = _blocks_of_ldm(modules) if is_ldm(modules) else _blocks_of_diffusers(modules)
+    to_diffusers = is_ldm(modules)
     resnet = dict(_RESNET) if to_diffusers else {diffusers: ldm for ldm, diffusers in _RESNET}
     fixed = dict(_FIXED) if to_diffusers else {diffusers: ldm for ldm, diffusers in _FIXED}
     renamed = {}
@@ -73,7 +74,65 @@ def translate(modules: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
-def _is_ldm(modules: list[str]) -> bool:
+class _Structure(NamedTuple):
+    """What decides the names of a family's UNet."""
+
+    depths: tuple[int, ...]  # transformer blocks per attention, level by level; 0: no attention
+    middle: int
+
+
+_STRUCTURES = {
+    "sd1": _Structure((1, 1, 1, 0), 1),
+    "sd2": _Structure((1, 1, 1, 0), 1),
+    "sdxl": _Structure((0, 2, 10), 10),
+    "sdxl-refiner": _Structure((0, 4, 4, 0), 4),
+}
+_LAYERS = ("proj_in", "proj_out", "norm")
+_BLOCK_LAYERS = (
+    *(f"attn{number}.to_{leaf}" for number in (1, 2) for leaf in ("q", "k", "v", "out.0")),
+    *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
+)
+
+
+def published_modules(family: str) -> tuple[str, ...]:
+    """The modules of the published UNet of `family`, in LDM names; () for what is no UNet.
+
+    Smaller models of the family leave blocks out and call the others the same.
+    """
+    if family not in _STRUCTURES:
+        return ()
+    depths, middle = _STRUCTURES[family]
+    blocks = [("middle_block.0", None), ("middle_block.1", middle), ("middle_block.2", None)]
+    number = 0
+    samplers = []
+    for level, depth in enumerate(depths):
+        for _ in range(2):
+            number += 1
+            blocks += [(f"input_blocks.{number}.0", None), (f"input_blocks.{number}.1", depth)]
+        if level < len(depths) - 1:
+            number += 1
+            samplers.append(f"input_blocks.{number}.0.op")
+    for place, depth in enumerate(reversed(depths)):
+        for each in range(3):
+            blocks += [(f"output_blocks.{3 * place + each}.0", None), (f"output_blocks.{3 * place + each}.1", depth)]
+        if place < len(depths) - 1:
+            samplers.append(f"output_blocks.{3 * place + 2}.{2 if depth else 1}.conv")
+    outside = tuple(ldm for ldm, _ in _FIXED if not ldm.startswith("middle_block"))
+    return (*outside, *samplers, *(module for block, depth in blocks for module in _inside(block, depth)))
+
+
+def _inside(block: str, depth: int | None) -> Iterable[str]:
+    """The modules of a resnet (depth None) or of an attention with `depth` transformer blocks, in LDM names."""
+    if depth is None:
+        yield from (f"{block}.{ldm}" for ldm, _ in _RESNET)
+    elif depth:
+        yield from (f"{block}.{layer}" for layer in _LAYERS)
+        for number in range(depth):
+            yield from (f"{block}.transformer_blocks.{number}.{layer}" for layer in _BLOCK_LAYERS)
+
+
+def is_ldm(modules: Iterable[str]) -> bool:
+    """True if these are a UNet's modules in LDM names."""
     return any(module.startswith(("input_blocks.", "middle_block.")) for module in modules)
 
 

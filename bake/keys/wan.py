@@ -30,6 +30,7 @@ _BLOCK = (
 WAN = Table(
     *within("blocks.#", "blocks.#", *_BLOCK),
     *within("vace_blocks.#", "vace_blocks.#", *_BLOCK, same("before_proj", "proj_in"), same("after_proj", "proj_out")),
+    same("patch_embedding"),
     same("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     same("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
     same("text_embedding.0", "condition_embedder.text_embedder.linear_1"),

@@ -14,7 +14,7 @@ from bake.garbage import without_collecting
 from bake.identify.adapter import Adapter, identify_adapter
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.identify.scaled import scaled_layers
-from bake.io.adapter import content_key, open_adapter
+from bake.io.adapter import AdapterFile, content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.io.tensorfile import TensorFile
 from bake.plan.base import check_family
@@ -147,12 +147,9 @@ def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[In
     adapters = []
     for use in uses:
         adapter, choice, source = use.adapter, use.choice, use.adapter.source
-        weights, config = len(inputs), None
-        inputs.append(input_of(source.file, "adapter"))
-        if source.config_path is not None:
-            status, config = source.config_path.stat(), len(inputs)
-            known = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-            inputs.append(Input(source.config_path, *known, "config"))
+        weights = len(inputs)
+        inputs += inputs_of(source)
+        config = weights + 1 if source.config_path is not None else None
         adapters.append(
             AdapterUse(
                 name=source.name,
@@ -171,6 +168,16 @@ def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[In
             )
         )
     return tuple(inputs), tuple(adapters)
+
+
+def inputs_of(source: AdapterFile) -> list[Input]:
+    """The files of an adapter as they are now: its weights, and its configuration if it has one."""
+    inputs = [input_of(source.file, "adapter")]
+    if source.config_path is not None:
+        status = source.config_path.stat()
+        known = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+        inputs.append(Input(source.config_path, *known, "config"))
+    return inputs
 
 
 def input_of(file: TensorFile, role: Literal["base", "adapter", "model"]) -> Input:
