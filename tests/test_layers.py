@@ -84,6 +84,7 @@ WITH_TORCH = {
     PACKAGE / "execute" / "sums.py",
     PACKAGE / "execute" / "worker.py",
     PACKAGE / "verify" / "chains.py",
+    PACKAGE / "verify" / "merges.py",
     PACKAGE / "verify" / "rounding.py",
     PACKAGE / "cli" / "env.py",
     PACKAGE / "norms.py",
