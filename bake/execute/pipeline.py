@@ -20,6 +20,7 @@ import torch
 from bake.errors import UsageError
 from bake.execute.compute import Chained, Converted, Work
 from bake.execute.device import Device, choose_devices
+from bake.execute.output import Output
 from bake.execute.parts import Part, parts_of
 from bake.execute.rounding import Nearest, Rounding
 from bake.execute.scaled import Rescaled
@@ -156,7 +157,8 @@ class Pipeline:
         return self._found, {component: dict(sorted(each.items())) for component, each in sorted(self._clamped.items())}
 
     def _work(self, device: Device) -> None:
-        with Worker(self._task, device, self._elements) as worker, device.open_lane():
+        with Output(self._task.targets) as output, device.open_lane():
+            worker = Worker(self._task, device, self._elements, output)
             while (job := self._agenda.next()) is not None:
                 survival = worker.recall(job.part, job.scale)
                 if survival is None:

@@ -30,6 +30,7 @@ from bake.dtypes import DTYPES
 from bake.execute.chunk import Chunk
 from bake.execute.compute import Work, lost
 from bake.execute.device import Desk, Device
+from bake.execute.halves import sum_by_halves
 from bake.execute.rounding import SPREAD, UNIT, Rounding, differing, has_nonfinite, put, settle, take
 from bake.execute.survival import Survival, sampled
 from bake.io.fileset import FileSet
@@ -357,19 +358,6 @@ class _DifferencePiece(_Piece):
             total.add_(self.values[rows - self.rows.start, columns - self.columns.start])
         else:
             total[inside] += self.values[rows[inside] - self.rows.start, columns[inside] - self.columns.start]
-
-
-def sum_by_halves(values: Tensor) -> Tensor:
-    """The sum of each row of `values` (n, rank), float64, in one fixed order; uses `values` up.
-
-    Padded with zeros to a power of two the second half is added to the first, until one column is left.
-    """
-    count = values.shape[1]
-    while count > 1:
-        half = 1 << (count - 1).bit_length() - 1
-        values[:, : count - half] += values[:, half:count]
-        count = half
-    return values[:, 0] if values.shape[1] else values.sum(1)
 
 
 def _pair(term: Term, work: Sum) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from types import TracebackType
-
 import torch
 from torch import Tensor
 
@@ -12,10 +9,11 @@ from bake.errors import UsageError
 from bake.execute.chunk import Chunk, chunk_height
 from bake.execute.compute import Work
 from bake.execute.device import Desk, Device
+from bake.execute.output import Output
 from bake.execute.parts import Part
 from bake.execute.survival import NOTHING, Survival
 from bake.execute.task import Task
-from bake.io.files import open_for_writing, write_at
+from bake.io.files import write_at
 from bake.io.journal import Digest, Span
 from bake.io.payload import as_bytes, read_padded
 from bake.keys.factors import as_matrix
@@ -23,29 +21,20 @@ from bake.plan.model import TensorPlan
 
 
 class Worker:
-    """The buffers and the open output of one thread; leaving the block closes it."""
+    """The buffers of one thread, and the output that it writes."""
 
-    def __init__(self, task: Task, device: Device, elements: int | None) -> None:
+    def __init__(self, task: Task, device: Device, elements: int | None, output: Output) -> None:
         """elements: of a chunk, at most, where that changes no bit; None: as everywhere."""
         self._task = task
         self._elements = elements
         self._desks = {device.torch: Desk(device)}
-        self._relative: str | None = None  # the output file that is open
-        self._output = self._data_start = -1  # its descriptor, and where its data section begins
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._close()
+        self._output = output
 
     def recall(self, part: Part, scale: TensorPlan | None) -> Survival | None:
         """What survived of a part that an earlier run finished, with the `scale` it is to see to; None: it is to do."""
-        self._open(part.relative)
-        spans = [part.span(self._data_start), *([] if scale is None else [self._span(part.relative, scale)])]
-        found = [self._task.journal.recall(span, self._output) for span in spans]
+        self._output.turn_to(part.relative)
+        spans = [part.span(self._output.data_start), *([] if scale is None else [self._span(part.relative, scale)])]
+        found = [self._task.journal.recall(span, self._output.descriptor) for span in spans]
         if found[0] is None or None in found:
             return None
         self._task.progress.advance(sum(span.end - span.begin for span in spans))
@@ -53,7 +42,7 @@ class Worker:
 
     def carry(self, work: Work, part: Part) -> Survival:
         """Finish rows of the tensor that `work` is for; what survived of them."""
-        self._open(part.relative)
+        self._output.turn_to(part.relative)
         digest = self._task.journal.digest()
         columns, survival, rows = as_matrix(work.plan.view)[1], NOTHING, part.rows
         height = chunk_height(columns, self._elements if work.has_free_grid else None)
@@ -67,7 +56,7 @@ class Worker:
                 height = self._with_less(work, chunk)
             else:
                 first = chunk.last
-        self._task.journal.note(part.span(self._data_start), digest, survival.numbers)
+        self._task.journal.note(part.span(self._output.data_start), digest, survival.numbers)
         return survival
 
     def _with_less(self, work: Work, chunk: Chunk) -> int:
@@ -85,26 +74,15 @@ class Worker:
 
     def store(self, data: memoryview, relative: str, tensor: TensorPlan) -> None:
         """Write the whole of a tensor of the output file `relative`."""
-        self._open(relative)
+        self._output.turn_to(relative)
         span, digest = self._span(relative, tensor), self._task.journal.digest()
-        write_at(self._output, data, span.begin)
+        write_at(self._output.descriptor, data, span.begin)
         digest.update(data)
         self._task.journal.note(span, digest)
         self._task.progress.advance(len(data))
 
     def _span(self, relative: str, tensor: TensorPlan) -> Span:
-        return Span(relative, self._data_start + tensor.span[0], self._data_start + tensor.span[1])
-
-    def _open(self, relative: str) -> None:
-        if relative != self._relative:
-            self._close()
-            self._output = open_for_writing(self._task.targets[relative].path)
-            self._relative, self._data_start = relative, self._task.targets[relative].data_start
-
-    def _close(self) -> None:
-        if self._relative is not None:
-            os.close(self._output)
-            self._relative = None
+        return Span(relative, self._output.data_start + tensor.span[0], self._output.data_start + tensor.span[1])
 
     def _pass(self, work: Work, chunk: Chunk, digest: Digest) -> Survival:
         plan, device = work.plan, work.device
@@ -124,7 +102,9 @@ class Worker:
             device.wait()
         data = as_bytes(finished)
         size = finished.element_size()
-        write_at(self._output, data, self._data_start + plan.span[0] + chunk.first * chunk.columns * size)
+        write_at(
+            self._output.descriptor, data, self._output.data_start + plan.span[0] + chunk.first * chunk.columns * size
+        )
         digest.update(data)
         self._task.progress.advance(len(data))
         return survival

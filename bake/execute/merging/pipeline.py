@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
 from bake.errors import UsageError
 from bake.execute.device import Desk, Device, choose_devices
 from bake.execute.merging.work import MergedTensor, merge_of
+from bake.execute.output import Output
 from bake.execute.pipeline import rounding_of
 from bake.execute.plain.crew import Crew, Shift, Threads, start_crew
 from bake.execute.task import MANY_FILES, MAX_WORKERS, Task
-from bake.io.files import open_for_writing, write_at
+from bake.io.files import write_at
 from bake.merges import METHODS
 from bake.merges.merge import Merge
 from bake.plan.model import TensorPlan
@@ -149,7 +149,8 @@ class MergeRun:
 
     def _survey(self, shift: Shift) -> Counter[tuple[str, str]]:
         """The life of a worker that makes the passes of all tensors."""
-        with _Worker(self._task, self._devices[0]) as worker:
+        with Output(self._task.targets) as output:
+            worker = _Worker(self._task, self._devices[0], output)
             while (numbers := shift.next()) is not None:
                 for job in (self._jobs[number] for number in numbers):
                     if job.rows is None or job.rows.start == 0:
@@ -163,7 +164,7 @@ class MergeRun:
             if len(self._inputs) <= MANY_FILES:
                 for place in self._inputs:
                     opened.enter_context(self._task.files.using(place))
-            worker = opened.enter_context(_Worker(self._task, self._devices[0]))
+            worker = _Worker(self._task, self._devices[0], opened.enter_context(Output(self._task.targets)))
             while (numbers := shift.next()) is not None:
                 for job in (self._jobs[number] for number in numbers):
                     count = worker.carry(job, self._elements, shift)
@@ -173,21 +174,12 @@ class MergeRun:
 
 
 class _Worker:
-    """The buffers and the open output of one worker; leaving the block closes it."""
+    """The buffers of one worker, and the output that it writes."""
 
-    def __init__(self, task: Task, device: Device) -> None:
+    def __init__(self, task: Task, device: Device, output: Output) -> None:
         self._task, self._device = task, device
         self.desk = Desk(device)
-        self._relative: str | None = None  # the output file that is open
-        self._output = -1
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._close()
+        self._output = output
 
     def tensor(self, job: _Job) -> MergedTensor:
         """The tensor of a job, ready to be worked on."""
@@ -197,27 +189,16 @@ class _Worker:
 
     def carry(self, job: _Job, elements: int, shift: Shift) -> int:
         """Make and write the rows of a job; how many elements were clamped."""
-        self._open(job.relative)
+        self._output.turn_to(job.relative)
         work = self.tensor(job)
         if job.rows is None:
             work.survey(elements, self.desk, shift.check)
-        start = self._task.targets[job.relative].data_start + job.tensor.span[0]
+        start = self._output.data_start + job.tensor.span[0]
         size = (job.tensor.span[1] - job.tensor.span[0]) // math.prod(job.tensor.shape)
         clamped = 0
         for finished in work.finished(elements, job.rows, self.desk):
             shift.check()
-            write_at(self._output, finished.data, start + finished.begin * size)
+            write_at(self._output.descriptor, finished.data, start + finished.begin * size)
             shift.advance(len(finished.data))
             clamped += finished.clamped
         return clamped
-
-    def _open(self, relative: str) -> None:
-        if relative != self._relative:
-            self._close()
-            self._output = open_for_writing(self._task.targets[relative].path)
-            self._relative = relative
-
-    def _close(self) -> None:
-        if self._relative is not None:
-            os.close(self._output)
-            self._relative = None

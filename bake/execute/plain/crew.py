@@ -206,7 +206,7 @@ def _packed(is_error: bool, value: Any) -> bytes:
     if is_error:
         try:
             pickle.loads(pickle.dumps(value))
-        except Exception:
+        except Exception:  # pickle raises whatever the class of the error does
             value = RuntimeError(f"{type(value).__name__}: {value}")
     return pickle.dumps((is_error, value))
 

@@ -6,10 +6,10 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from types import TracebackType
 
 import numpy as np
 
+from bake.execute.output import Output
 from bake.execute.parts import Part, parts_of
 from bake.execute.plain.crew import Shift, start_crew
 from bake.execute.plain.desk import Desk
@@ -18,7 +18,7 @@ from bake.execute.plain.sums import Sum
 from bake.execute.survival import NOTHING, Survival
 from bake.execute.task import MANY_FILES, MAX_WORKERS, Task
 from bake.io.arrays import as_bytes, stored_dtype
-from bake.io.files import open_for_writing, write_at
+from bake.io.files import write_at
 from bake.io.journal import Digest
 from bake.keys.factors import as_matrix
 from bake.plan.model import Plan, TensorPlan
@@ -117,7 +117,8 @@ class PlainRun:
             if len(self._inputs) <= MANY_FILES:
                 for place in self._inputs:
                     opened.enter_context(self._task.files.using(place))
-            worker = opened.enter_context(_Worker(self._task, shift, self._elements))
+            output = opened.enter_context(Output(self._task.targets))
+            worker = _Worker(self._task, shift, self._elements, output)
             while (numbers := shift.next()) is not None:
                 for coming in self._parts[numbers.start + _AHEAD : numbers.stop + _AHEAD]:
                     coming.prefetch(self._task.files)
@@ -130,28 +131,19 @@ class PlainRun:
 
 
 class _Worker:
-    """The buffers and the open output of one worker; leaving the block closes it."""
+    """The buffers of one worker, and the output that it writes."""
 
-    def __init__(self, task: Task, shift: Shift, elements: int) -> None:
+    def __init__(self, task: Task, shift: Shift, elements: int, output: Output) -> None:
         """elements: of a block, at most."""
         self._task, self._shift, self._elements = task, shift, elements
         self._desk = Desk()
-        self._relative: str | None = None  # the output file that is open
-        self._output = self._data_start = -1  # its descriptor, and where its data section begins
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._close()
+        self._output = output
 
     def carry(self, part: Part) -> Survival:
         """Finish these rows of their tensor; what survived of their update. Raises TooLarge."""
-        self._open(part.relative)
-        journal, span = self._task.journal, part.span(self._data_start)
-        measured = journal.recall(span, self._output)
+        self._output.turn_to(part.relative)
+        journal, span = self._task.journal, part.span(self._output.data_start)
+        measured = journal.recall(span, self._output.descriptor)
         if measured is not None:
             self._shift.advance(span.end - span.begin)
             return Survival.from_numbers(measured)
@@ -180,18 +172,11 @@ class _Worker:
                 file.forget(begin, begin + len(data))
         survival = work.fuse(stored, finished, first, self._desk)
         written = as_bytes(finished)
-        write_at(self._output, written, self._data_start + tensor.span[0] + first * shape[1] * finished.itemsize)
+        write_at(
+            self._output.descriptor,
+            written,
+            self._output.data_start + tensor.span[0] + first * shape[1] * finished.itemsize,
+        )
         digest.update(written)
         self._shift.advance(finished.nbytes)
         return survival
-
-    def _open(self, relative: str) -> None:
-        if relative != self._relative:
-            self._close()
-            self._output = open_for_writing(self._task.targets[relative].path)
-            self._relative, self._data_start = relative, self._task.targets[relative].data_start
-
-    def _close(self) -> None:
-        if self._relative is not None:
-            os.close(self._output)
-            self._relative = None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bake.execute.halves import sum_by_halves
 from bake.execute.plain.desk import Desk
 from bake.execute.plain.rounding import UNIT, Floats, narrow_each, settle, widen
 from bake.execute.survival import NOTHING, Survival, sampled
@@ -193,20 +194,7 @@ class _Group:
         inside &= (columns >= self.across.start) & (columns < self.across.stop)
         products = self._left.take(rows[inside] - self._rows[0], axis=0)
         products *= self._by_column.take(columns[inside] - self.across.start, axis=0)
-        update[inside] += _sum_by_halves(products)
-
-
-def _sum_by_halves(values: Doubles) -> Doubles:
-    """The sum of each row of `values` (n, rank) in one fixed order; they are used up.
-
-    Padded with zeros to a power of two the second half is added to the first, until one column is left.
-    """
-    count = values.shape[1]
-    while count > 1:
-        half = 1 << (count - 1).bit_length() - 1
-        values[:, : count - half] += values[:, half:count]
-        count = half
-    return values[:, 0] if values.shape[1] else values.sum(1)
+        update[inside] += sum_by_halves(products)
 
 
 def _pair(term: Term, files: FileSet) -> tuple[Doubles, Floats]:
