@@ -11,7 +11,7 @@ from bake.execute.task import DEFAULT_MEMORY
 from bake.plan.merge import MergeRecipe
 from bake.plan.merge import build_merge_plan as plan_recipe
 from bake.plan.model import Plan
-from bake.plan.parameters import Setting
+from bake.plan.selection import Setting
 from bake.progress import Progress
 
 

@@ -27,7 +27,7 @@ from bake.plan.counterparts import Counterparts, Opened, is_merged
 from bake.plan.files import plan_side_files
 from bake.plan.match import Matching
 from bake.plan.model import Coverage, FilePlan, MergeStep, Merging, ModelUse, Plan, Share, TensorPlan
-from bake.plan.parameters import Parameters, Setting, permuted, setting_to_json
+from bake.plan.parameters import Parameters, permuted, setting_to_json
 from bake.plan.recipe import ROUNDINGS, Recipe, is_text_encoder
 from bake.plan.record import carried_metadata, history_of
 from bake.plan.refuse import refuse_quantised

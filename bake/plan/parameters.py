@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from bake.errors import UsageError
 from bake.identify.checkpoint import BaseIdentity
 from bake.merges import Method, Parameter
 from bake.merges.method import Value
 from bake.plan.ratios import Ratios
-from bake.plan.selection import Selection
-
-# A number, switch or word; a Selection of numbers; or one of these for each model.
-Setting: TypeAlias = "float | bool | str | Selection | Sequence[float | Selection]"
-
+from bake.plan.selection import Selection, Setting
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bake.plan.selection import Selection
+from bake.plan.selection import Selection, Setting
 
 EVERY = "all"  # stands for every component in a mapping of dtypes
 # "fast" is to nearest without recomputing in float64 what float32 cannot decide.
@@ -44,12 +44,29 @@ def is_text_encoder(component: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One bake: a base, adapters and how to write the result."""
+class MergeChoice:
+    """Models that are merged, and how. The result has the layout of the first: of the base, if there is one."""
 
-    base: Path
-    adapters: tuple[AdapterChoice, ...]
+    method: str  # a row of bake.merges.METHODS
+    models: tuple[Path, ...]  # in the order of the method's roles
+    base: Path | None = None  # for the role of that name
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    only: tuple[str, ...] = ()  # merge these components alone; "te" is every text encoder
+    allow_missing: bool = False  # what one model lacks stays the first one's; what only others have is left out
+
+    def wants(self, component: str) -> bool:
+        """True if the tensors of `component` are to be merged."""
+        return _is_among(self.only, component)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One bake: a base, adapters and how to write the result. Nothing is rounded before everything is done."""
+
+    base: Path | MergeChoice
+    adapters: tuple[AdapterChoice, ...] = ()
     also: tuple[Path, ...] = ()  # further files of a split stack
+    replaced: Mapping[str, Path] = field(default_factory=dict)  # component -> the checkpoint that it is taken from
     dtype: str | Mapping[str, str] = "keep"  # "keep" or a key of OUTPUT_DTYPES; or component -> these, see `dtype_for`
     only: tuple[str, ...] = ()  # fuse into these components alone; "te" is every text encoder
     allow_unmatched: bool = False
@@ -57,7 +74,7 @@ class Recipe:
     record: bool = True  # write names, weights and digests of the inputs into the output
     embeddings: str = "beside"  # one of EMBEDDING_MODES
     rounding: str = "nearest"  # one of ROUNDINGS
-    seed: int = 0  # of stochastic rounding
+    seed: int = 0  # of stochastic rounding, and of merges by chance
     allow_nonfinite_base: bool = False  # elements of the base that are NaN or infinite stay as they are
 
     @property
@@ -83,6 +100,8 @@ class Recipe:
 
     def wants(self, component: str) -> bool:
         """True if modules of `component` are to be fused."""
-        return not self.only or any(
-            choice == component or (choice == "te" and is_text_encoder(component)) for choice in self.only
-        )
+        return _is_among(self.only, component)
+
+
+def _is_among(only: tuple[str, ...], component: str) -> bool:
+    return not only or component in only or ("te" in only and is_text_encoder(component))

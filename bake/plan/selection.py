@@ -7,9 +7,9 @@ It is written as people know it from web UIs and mergekit, and stored in recipes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from bake.errors import Unsupported, UsageError
 from bake.keys.blocks import SCHEMES
@@ -184,6 +184,10 @@ def _parse_values(text: str) -> tuple[float, ...]:
             f"Or write the values, separated by commas."
         )
     return tuple(_number(part, text) for part in text.split(","))
+
+
+# What a merge parameter can be: a number, switch or word; a Selection of numbers; or one of these for each model.
+Setting: TypeAlias = "float | bool | str | Selection | Sequence[float | Selection]"
 
 
 def _parse_rule(text: str) -> Rule:
