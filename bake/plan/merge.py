@@ -31,6 +31,7 @@ from bake.plan.parameters import Parameters, permuted, setting_to_json
 from bake.plan.recipe import ROUNDINGS, Recipe, is_text_encoder
 from bake.plan.record import carried_metadata, history_of
 from bake.plan.refuse import refuse_quantised
+from bake.plan.selection import Setting
 from bake.plan.tokens import Growth
 from bake.plan.vocabulary import check_vocabularies
 

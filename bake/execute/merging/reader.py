@@ -26,7 +26,7 @@ class Reader:
         """columns: of the matrix that chunks are rows of. forgets: what was read shall not stay in memory."""
         assert tensor.merge is not None
         self._plan, self._step, self._files = plan, tensor.merge, files
-        self._shape = tensor.shape
+        self._shape = tensor.source.shape
         self._columns, self._device, self._forgets = columns, device, forgets
 
     def chunk(self, first: int, last: int, desk: Desk) -> Chunk:
