@@ -51,7 +51,7 @@ class Execution:
         self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
         self._plain: PlainRun | None = None
         self._merge: MergeRun | None = None
-        if self._computes and plan.merge is not None:
+        if any(tensor.merge is not None for _, tensor in plan.tensors()):
             with without_collecting():
                 from bake.execute.merging.pipeline import MergeRun  # brings torch
 

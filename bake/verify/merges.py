@@ -32,7 +32,7 @@ def check_merged(
     plan: Plan, tensors: Sequence[TensorPlan], full: bool, output: TensorFile, files: FileSet
 ) -> Iterator[tuple[TensorPlan, Report]]:
     """Each tensor that is looked at, with what was found: all elements of all of them, or some rows of a sample."""
-    chosen = list(tensors) if full else sampled([each for each in tensors if _is_cheap(plan, each)] or list(tensors))
+    chosen = list(tensors) if full else sampled([each for each in tensors if _is_cheap(each)] or list(tensors))
     settled = _settled(plan, files)
     for tensor in chosen:
         step = tensor.merge
@@ -47,10 +47,12 @@ def check_merged(
             raise Mismatch(f"{tensor.name}: {error}", tensor=tensor.name) from None
 
 
-def _is_cheap(plan: Plan, tensor: TensorPlan) -> bool:
+def _is_cheap(tensor: TensorPlan) -> bool:
     """True if a few rows can be made without reading very much."""
-    needs_all = plan.merge is not None and METHODS[plan.merge.method].reach not in ("element", "row")
-    return not needs_all or math.prod(tensor.source.shape) <= _SAMPLED_ELEMENTS
+    assert tensor.merge is not None
+    return (
+        METHODS[tensor.merge.method].reach in ("element", "row") or math.prod(tensor.source.shape) <= _SAMPLED_ELEMENTS
+    )
 
 
 def _merge(plan: Plan, tensor: TensorPlan) -> Merge:
@@ -61,14 +63,13 @@ def _merge(plan: Plan, tensor: TensorPlan) -> Merge:
 
 def _settled(plan: Plan, files: FileSet) -> dict[str, Merge]:
     """Of methods that look at all tensors first: every merge, after that. Full name -> merge."""
-    if plan.merge is None or METHODS[plan.merge.method].reach != "global":
-        return {}
     merges: dict[str, Merge] = {}
     for _, tensor in plan.tensors():
-        if tensor.merge is not None and tensor.merge.method == plan.merge.method:
+        if tensor.merge is not None and METHODS[tensor.merge.method].reach == "global":
             merges[tensor.merge.name] = _merge(plan, tensor)
             _survey(merges[tensor.merge.name], tensor, tensor.merge, files)
-    METHODS[plan.merge.method].load().agree(list(merges.values()))
+    if merges:
+        next(iter(merges.values())).agree(list(merges.values()))
     return merges
 
 

@@ -57,6 +57,11 @@ def whole_bytes(tensor: TensorPlan) -> int:
     return math.prod(tensor.source.shape) * _element_bytes(len(tensor.merge.shares))
 
 
+def _is_global(tensor: TensorPlan) -> bool:
+    """True if it is merged by a method that has to look at all tensors first."""
+    return tensor.merge is not None and METHODS[tensor.merge.method].reach == "global"
+
+
 def _element_bytes(models: int) -> int:
     return models * _BYTES_PER_MODEL + _BYTES_PER_ELEMENT
 
@@ -69,18 +74,17 @@ class MergeRun:
 
     def __init__(self, task: Task) -> None:
         """Raises UsageError for a device that is not there, and if a whole tensor does not fit into the memory."""
-        assert task.plan.merge is not None
         self._task = task
         torch.set_num_threads(1)  # the workers are the parallelism; a pool of threads could not be copied
         devices = [device for device in choose_devices(task.options.device) if device.has_float64]
         self._device = devices[0] if devices else Device("cpu")
-        self._method = METHODS[task.plan.merge.method]
         self._merges = [
             (file.relative, tensor, merge_of(task.plan, tensor))
             for file, tensor in task.plan.tensors()
             if tensor.merge is not None
         ]
         self._scales = {(file.relative, other.scale_of): other for file, other in task.plan.tensors() if other.scale_of}
+        self._agreeing = [merge for _, tensor, merge in self._merges if _is_global(tensor)]
         self._jobs = list(itertools.chain.from_iterable(self._split(*each) for each in self._merges))
         workers, self._elements = self._shares_of_memory()
         self._workers = workers
@@ -89,13 +93,12 @@ class MergeRun:
             for place in self._inputs:
                 with task.files.using(place):
                     pass  # its header is read here, once, and not by every worker
-        self._is_global = self._method.reach == "global"
-        is_apart = self._device.is_cpu and not self._is_global
+        is_apart = self._device.is_cpu and not self._agreeing
         self._crew: Crew | None = self._start(self._work) if is_apart else None
 
     def _start(self, work: Callable[[Shift], _Found]) -> Crew:
         task = self._task
-        if self._device.is_cpu and not self._is_global:
+        if self._device.is_cpu and not self._agreeing:
             return start_crew(self._workers, len(self._jobs), work, task.team, task.progress)
         shares = [range(place, place + 1) for place in range(len(self._jobs))]
         return Threads(self._workers, shares, work, task.team, task.progress)
@@ -103,7 +106,7 @@ class MergeRun:
     def _split(self, relative: str, tensor: TensorPlan, merge: Merge) -> Sequence[_Job]:
         """The jobs that make one tensor."""
         height, width = merge.view
-        has_passes = self._method.reach != "global" and next(iter(merge.passes()), None) is not None
+        has_passes = not _is_global(tensor) and next(iter(merge.passes()), None) is not None
         rows = max(1, _PART_ELEMENTS // max(1, width))
         if merge.whole or has_passes or tensor.is_rescaled:
             return [_Job(tensor, relative, merge, None, self._scales.get((relative, tensor.name)))]
@@ -117,11 +120,11 @@ class MergeRun:
         options = self._task.options
         wanted = min(options.threads or min(MAX_WORKERS, os.cpu_count() or 1), max(1, len(self._jobs)))
         whole = max((tensor for _, tensor, merge in self._merges if merge.whole), key=whole_bytes, default=None)
-        if whole is not None:
+        if whole is not None and whole.merge is not None:
             needed = whole_bytes(whole)
             if needed > options.memory:
                 raise UsageError(
-                    f"{self._method.name} sees a tensor at once, and {whole.name} {list(whole.shape)} of "
+                    f"{whole.merge.method} sees a tensor at once, and {whole.name} {list(whole.shape)} of "
                     f"{self._task.plan.base.name} takes {format_bytes(needed)} then: allow it with "
                     f"--memory {-(-needed // 2**20)}MiB, or leave its component out (--only).",
                     tensor=whole.name,
@@ -140,12 +143,9 @@ class MergeRun:
 
         Returns what survived of the updates, by component, and what was clamped, as in `Measured`.
         """
-        if self._is_global:
+        if self._agreeing:
             self._start(self._survey).join()
-            merges = [
-                merge for _, tensor, merge in self._merges if tensor.merge and tensor.merge.method == self._method.name
-            ]
-            self._method.load().agree(merges)
+            self._agreeing[0].agree(self._agreeing)
         if self._crew is None:
             self._crew = self._start(self._work)
         survivals: list[tuple[str, Survival]] = []

@@ -104,9 +104,7 @@ class Reader:
             out.copy_(raw)
 
     def _refuse(self, stored: Stored, number: int) -> None:
-        merge = self._plan.merge
-        assert merge is not None
-        model = merge.models[self._step.models[number]].path.name
+        model = self._plan.owner_of(stored.input).name
         raise NonFinite(
             f"{stored.name}: {model} holds NaN or infinity, which cannot be merged: repair that model, or leave its "
             f"component out (--only).",
