@@ -274,6 +274,13 @@ run_options = stack(
     click.option("--overwrite", is_flag=True, help="Replace an existing output."),
 )
 
+keep_undo_option = click.option(
+    "--keep-undo",
+    is_flag=True,
+    help="Write what is replaced into an undo file beside the output (out.undo for out.safetensors), with which 'bake "
+    "undo' restores the base bit for bit: docs/undo.md.",
+)
+
 output_options = stack(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary."),
