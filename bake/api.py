@@ -76,6 +76,7 @@ def build_plan(
     rounding: str = "nearest",
     seed: int = 0,
     allow_nonfinite_base: bool = False,
+    strict: bool = False,
 ) -> Plan:
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
@@ -86,7 +87,8 @@ def build_plan(
     embeddings: what becomes of token embeddings that travel in adapters: "beside" (files in OUTPUT.embeddings),
     "add" (to a diffusers folder's tokenizer and text encoder) or "drop". rounding: "nearest", "stochastic" or
     "fast", see docs/numerics.md. seed: of stochastic rounding. allow_nonfinite_base: elements of the base that are
-    NaN or infinite stay as they are in tensors that are computed, instead of being refused.
+    NaN or infinite stay as they are in tensors that are computed, instead of being refused. strict: refuse adapters
+    that the base's record says are in it already, of which there is a warning otherwise.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     recipe = Recipe(
@@ -102,6 +104,7 @@ def build_plan(
         rounding=rounding,
         seed=seed,
         allow_nonfinite_base=allow_nonfinite_base,
+        strict=strict,
     )
     with inputs_only():
         return plan_recipe(recipe)

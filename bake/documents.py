@@ -135,6 +135,7 @@ def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
             for vectors in embedding.vectors
         ],
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
     }
 
 

@@ -249,6 +249,12 @@ recipe_options = stack(
         help="Elements of the base that are NaN or infinite stay as they are, and no others may become so. Without "
         "it they are refused in every tensor that is computed; tensors that are only copied are not looked at.",
     ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse an adapter that is in BASE already, as the record of an earlier bake in it says. Without it "
+        "there is a warning with the weight that results.",
+    ),
     embeddings_option,
     metadata_options,
 )

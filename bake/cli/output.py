@@ -74,6 +74,7 @@ class Output:
             self.line("writes", f"{format_bytes(output_bytes(plan))}{where}; {_tensor_counts(plan)}")
             if self.verbose:
                 self._list_tensors(plan)
+        self._warn_of_plan(plan)
 
     def show_result(self, result: Result) -> None:
         """What was done."""
@@ -97,6 +98,7 @@ class Output:
                 self.line("verified", _verdict(result.report))
             if result.undo is not None:
                 self.line("undo", f"{result.undo}: {format_bytes(result.undo_bytes)} bring the base back, bit for bit")
+        self._warn_of_plan(result.plan)
         self._show_leftovers(result)
         for name, tensors in result.clamped.items():
             self.warn(
@@ -109,6 +111,10 @@ class Output:
                     f"only {_percent(share)} of the update of {name} survived the rounding: it is too small for the "
                     f"dtype. {_advice(result.plan)}"
                 )
+
+    def _warn_of_plan(self, plan: Plan) -> None:
+        for warning in plan.warnings:
+            self.warn(warning)
 
     def _show_leftovers(self, result: Result) -> None:
         """What became of what an earlier run had left."""

@@ -59,6 +59,7 @@ class Recipe:
     rounding: str = "nearest"  # one of ROUNDINGS
     seed: int = 0  # of stochastic rounding
     allow_nonfinite_base: bool = False  # elements of the base that are NaN or infinite stay as they are
+    strict: bool = False  # refuse adapters that are in the base already
 
     @property
     def dtypes(self) -> Mapping[str, str]:
