@@ -117,23 +117,32 @@ class UndoFile:
 
     def check(self, output: Files, threads: int | None, progress: Progress) -> None:
         """Raise VerificationFailed unless the base comes back from the drafts, by its SHA-256."""
+        try:
+            wrong = self._wrong(output, workers(threads), progress)
+        except InputError as error:
+            wrong = error.message
+        if wrong is not None:
+            raise VerificationFailed(
+                f"{self._output} was not written: its undo data does not give back the base: {wrong}",
+                path=str(self._output),
+            )
+
+    def _wrong(self, output: Files, threads: int, progress: Progress) -> str | None:
+        """Which file of the base does not come back. Raises InputError if the draft cannot be read back."""
         reader = UndoReader(self._draft.path)
         try:
             progress.start("proving undo data", sum(file.size for file in reader.record.base))
             for place, file in enumerate(reader.record.base):
                 digest = hashlib.sha256()
-                for piece in reader.pieces(place, output, workers(threads)):
+                for piece in reader.pieces(place, output, threads):
                     digest.update(piece)
                     progress.advance(len(piece))
                 if digest.hexdigest() != file.sha256:
-                    raise VerificationFailed(
-                        f"{self._output} was not written: its undo data does not give back "
-                        f"{file.name or self._plan.base.name}",
-                        path=str(self._output),
-                    )
+                    return f"{file.name or 'it'} has another SHA-256"
         finally:
             reader.close()
         progress.finish()
+        return None
 
     def seal(self) -> None:
         """Bring the file to the disk. Raises OutputRefused if the disk refuses."""

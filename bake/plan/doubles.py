@@ -15,6 +15,8 @@ from bake.io.jsontext import parse_object
 from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
 from bake.plan.record import RECIPE_KEY
 
+_LONGEST_NAME = 255  # in messages
+
 
 class _Weight(NamedTuple):
     te: float  # for the text encoders
@@ -101,7 +103,7 @@ def _recorded(text: str | None) -> Iterator[_Fused]:
             for entry in found["adapters"] if isinstance(found.get("adapters"), list) else ():
                 try:
                     yield _entry(entry, found["settings"]["only"], is_merged)
-                except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
                     continue
 
 
@@ -111,7 +113,7 @@ def _entry(entry: Any, only: Sequence[str], is_merged: bool) -> _Fused:
     if not (math.isfinite(te) and math.isfinite(unet)):
         raise ValueError("a weight is no number")
     return _Fused(
-        str(entry["name"]),
+        str(entry["name"])[:_LONGEST_NAME],
         int(weights["size"]),
         str(weights["sha256"]),
         _reaching(te, unet, only),
