@@ -102,7 +102,7 @@ class UndoFile:
     def write(self, output: Files, threads: int | None, version: str, progress: Progress) -> None:
         """Keep what the finished files of the output do not hold of the base.
 
-        Raises InputError, and the disk's OSError.
+        Raises InputError, VerificationFailed for files of the output that cannot be read, and the disk's OSError.
         """
         sources = _sources(self._plan)
         progress.start("keeping undo data", sum(source.path.stat().st_size for source in sources))
@@ -110,6 +110,13 @@ class UndoFile:
         try:
             writer = UndoWriter(descriptor, best_packing(), workers(threads), progress.advance)
             writer.write(sources, output, version)
+        except InputError as error:
+            if error.details.get("path") not in {str(output(source.like)) for source in sources}:
+                raise
+            raise VerificationFailed(
+                f"{self._output} was not written: its finished draft cannot be read back: {error.message}",
+                path=str(self._output),
+            ) from None
         finally:
             os.close(descriptor)
         self.bytes = self._draft.path.stat().st_size
@@ -184,9 +191,16 @@ class UndoFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._draft.__exit__(kind, error, traceback)
-        if self._aside is not None:
-            with suppress(OSError):  # the next run removes it
+        try:
+            if self._aside is not None:
                 remove(self._aside)
+        except OSError as failure:
+            if error is None:
+                raise OutputRefused(
+                    f"{self._output} is complete and in place, but the undo file of the old one could not be removed: "
+                    f"{self._aside}: {failure.strerror or failure}",
+                    path=str(self._output),
+                ) from None
 
 
 def workers(threads: int | None) -> int:
