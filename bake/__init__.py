@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bake.plan.model import Plan
     from bake.plan.recipe import AdapterChoice
     from bake.plan.selection import Selection
+    from bake.undoing import Restored, undo
     from bake.verify.report import Report
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "BakeError",
     "Plan",
     "Report",
+    "Restored",
     "Result",
     "Selection",
     "build_merge_plan",
@@ -43,6 +45,7 @@ __all__ = [
     "merge",
     "resize",
     "run_plan",
+    "undo",
 ]
 
 _HOMES = {
@@ -51,6 +54,7 @@ _HOMES = {
     "BakeError": "bake.errors",
     "Plan": "bake.plan.model",
     "Report": "bake.verify.report",
+    "Restored": "bake.undoing",
     "Result": "bake.api",
     "Selection": "bake.plan.selection",
     "build_merge_plan": "bake.merging",
@@ -64,6 +68,7 @@ _HOMES = {
     "merge": "bake.merging",
     "resize": "bake.adapter_api",
     "run_plan": "bake.api",
+    "undo": "bake.undoing",
 }
 
 

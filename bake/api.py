@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from bake.execute.beside import EmbeddingFiles, check_places, embedding_sizes
 from bake.execute.engine import Execution, outgrows_memory
 from bake.execute.identity import run_identity
 from bake.execute.task import DEFAULT_MEMORY, Options, Target
+from bake.execute.undo import UndoFile, check_undo_place
 from bake.interrupts import check, finished, uninterrupted
 from bake.io.digest import BackgroundDigests
 from bake.io.draft import Draft
@@ -55,6 +57,8 @@ class Result:
     seconds: float
     leftover: bool  # a draft that a killed run had left was replaced
     resumed: Resumed | None  # what an earlier run had finished; None without `resume`
+    undo: Path | None  # the undo file; None without `keep_undo`
+    undo_bytes: int
 
 
 def build_plan(
@@ -72,6 +76,7 @@ def build_plan(
     rounding: str = "nearest",
     seed: int = 0,
     allow_nonfinite_base: bool = False,
+    strict: bool = False,
 ) -> Plan:
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
@@ -83,7 +88,8 @@ def build_plan(
     embeddings that travel in adapters: "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer
     and text encoder) or "drop". rounding: "nearest", "stochastic" or "fast", see docs/numerics.md. seed: of stochastic
     rounding. allow_nonfinite_base: elements of the base that are NaN or infinite stay as they are in tensors that are
-    computed, instead of being refused.
+    computed, instead of being refused. strict: refuse adapters that the base's record says are in it already, of which
+    there is a warning otherwise.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     recipe = Recipe(
@@ -100,6 +106,7 @@ def build_plan(
         rounding=rounding,
         seed=seed,
         allow_nonfinite_base=allow_nonfinite_base,
+        strict=strict,
     )
     return plan_recipe(recipe)
 
@@ -129,6 +136,7 @@ def fuse(
     verify: Verification = "sample",
     overwrite: bool = False,
     resume: bool = False,
+    keep_undo: bool = False,
     progress: Progress | None = None,
     **what: Any,
 ) -> Result:
@@ -146,6 +154,7 @@ def fuse(
         verify=verify,
         overwrite=overwrite,
         resume=resume,
+        keep_undo=keep_undo,
         progress=progress,
     )
 
@@ -160,6 +169,7 @@ def run_plan(
     verify: Verification = "sample",
     overwrite: bool = False,
     resume: bool = False,
+    keep_undo: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Write what `plan` says to `output`: into a draft beside it, verified, then moved into place.
@@ -167,6 +177,7 @@ def run_plan(
     device: auto, cpu, cuda, cuda:N or mps. memory: bytes for buffers. threads: that compute; None for
     one per core. verify: how much is read back and recomputed before the output appears. resume: whatever ends the
     run early, leave what is finished beside `output`, and go on from what an earlier run of the same plan left so.
+    keep_undo: write an undo file beside `output`, with which `bake.undo` gives the base back.
     Raises OutputRefused and its kin, NonFinite, InputChanged, VerificationFailed. Whatever is raised,
     the output path is as it was before, unless the message says that the output is complete and in place.
     """
@@ -174,10 +185,12 @@ def run_plan(
     progress = progress or Silent()
     headers = {file.relative: _header(plan, file, None) for file in plan.files}
     sizes = {file.relative: len(headers[file.relative]) + _data_bytes(file) for file in plan.files}
-    place = check_output_path(plan, output, overwrite=overwrite)
+    place = check_output_path(plan, output, overwrite=overwrite, keep_undo=keep_undo)
+    undo = UndoFile(plan, Path(output), sizes, overwrite) if keep_undo else None
     with (
         Draft(place, sizes, overwrite, run_identity(plan, device, __version__) if resume else None) as draft,
         EmbeddingFiles(plan, embeddings_folder(Path(output)), overwrite) as beside,
+        undo or nullcontext(),
     ):
         journal = draft.journal or NoJournal()
         targets = {relative: Target(draft.file(relative), len(header)) for relative, header in headers.items()}
@@ -193,10 +206,14 @@ def run_plan(
                 _write_headers(plan, targets, digests.result())
                 beside.write()
                 report = _verified(plan, targets, verify, beside, output, progress)
+                if undo is not None:
+                    undo.write(draft.file, threads, __version__, progress)
+                    if verify != "none":
+                        undo.check(draft.file, threads, progress)
         except OSError as error:
             raise refusal_of(error, place) from None
         _check_unchanged(plan)
-        _publish(draft, beside, Path(output))
+        publish(draft, [beside] if undo is None else [beside, undo], Path(output))
     return Result(
         plan,
         Path(output),
@@ -205,8 +222,10 @@ def run_plan(
         report,
         sum(sizes.values()),
         time.monotonic() - started,
-        draft.leftover or beside.leftover,
+        draft.leftover or beside.leftover or (undo is not None and undo.leftover),
         None if draft.journal is None else draft.journal.resumed(draft.started_over),
+        None if undo is None else undo.place,
+        0 if undo is None else undo.bytes,
     )
 
 
@@ -217,20 +236,21 @@ def _check_unchanged(plan: Plan) -> None:
     ).check_unchanged()
 
 
-def _publish(draft: Draft, beside: EmbeddingFiles, output: Path) -> None:
+def publish(draft: Draft, beside: Sequence[EmbeddingFiles | UndoFile], output: Path) -> None:
     """Put the output into its place, and before it what lies beside it: where the output is, they are."""
     check()
-    beside.seal()
-    draft.seal()
+    for each in (*beside, draft):
+        each.seal()
     with uninterrupted():
         try:
-            beside.publish()
-            draft.publish()
+            for each in (*beside, draft):
+                each.publish()
         finally:
             if draft.is_published:
                 finished.append(output)
             else:
-                beside.withdraw()
+                for each in beside:
+                    each.withdraw()
 
 
 def _verified(
@@ -262,7 +282,7 @@ def _verified(
     return report
 
 
-def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) -> Path:
+def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False, keep_undo: bool = False) -> Path:
     """Return where `output` really lies, or raise the OutputRefused that writing it would meet."""
     target = Path(output)
     is_folder = plan.packaging != "file"
@@ -278,6 +298,9 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) 
             raise UsageError(f"{target} lies inside the base folder {plan.base}; choose a place outside it")
     place = check_target(target, inputs, is_folder, overwrite, needed)
     check_places(plan, embeddings_folder(target), overwrite)
+    if keep_undo:
+        sizes = {file.relative: len(_header(plan, file, None)) + _data_bytes(file) for file in plan.files}
+        check_undo_place(plan, target, sizes, overwrite)
     return place
 
 

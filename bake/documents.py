@@ -11,6 +11,7 @@ from bake.errors import BakeError
 from bake.merges import Method
 from bake.plan.embeddings import embeddings_folder
 from bake.plan.model import EmbeddingPlan, Merging, Plan, TensorPlan
+from bake.undoing import Restored
 from bake.verify.report import Report
 
 SCHEMA = 1
@@ -38,6 +39,7 @@ def result_document(result: Result) -> dict[str, Any]:
         "bytes": {"read": input_bytes(result.plan), "written": output_bytes(result.plan)},
         "seconds": round(result.seconds, 3),
         "resumed": None if result.resumed is None else dataclasses.asdict(result.resumed),
+        "undo": None if result.undo is None else {"file": str(result.undo), "bytes": result.undo_bytes},
         "verification": None if result.report is None else result.report.to_json(),
     }
 
@@ -45,6 +47,19 @@ def result_document(result: Result) -> dict[str, Any]:
 def report_document(output: Path, report: Report) -> dict[str, Any]:
     """What `bake verify` says."""
     return {"schema": SCHEMA, "output": str(output), **report.to_json()}
+
+
+def restored_document(result: Restored) -> dict[str, Any]:
+    """What `bake undo` says."""
+    return {
+        "schema": SCHEMA,
+        "output": str(result.output),
+        "undone": str(result.undone),
+        "undo": str(result.undo),
+        "files": [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in result.files],
+        "bytes": {"written": result.bytes_written},
+        "seconds": round(result.seconds, 3),
+    }
 
 
 def method_document(method: Method) -> dict[str, Any]:
@@ -121,6 +136,7 @@ def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
             for vectors in embedding.vectors
         ],
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
     }
 
 

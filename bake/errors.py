@@ -12,6 +12,7 @@
     ├── Mismatch               5
     │   ├── FamilyMismatch          adapter and base belong to different model families
     │   ├── ShapeMismatch           a module's update does not fit the tensor it names
+    │   ├── AlreadyFused            an adapter is in the base already, and --strict was asked for
     │   └── DuplicateTarget         two modules of one adapter update the same rows
     ├── Unsupported            6    recognised, but not something bake can fuse
     ├── NonFinite              7    NaN or infinity in the input, or overflow of the output dtype
@@ -117,6 +118,12 @@ class ShapeMismatch(Mismatch):
     """A module's update has another shape than the tensor it names."""
 
     code = "shape-mismatch"
+
+
+class AlreadyFused(Mismatch):
+    """An adapter is in the base already, and that was to be refused."""
+
+    code = "already-fused"
 
 
 class DuplicateTarget(Mismatch):

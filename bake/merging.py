@@ -71,6 +71,7 @@ def merge(
     threads: int | None = None,
     verify: Verification = "sample",
     overwrite: bool = False,
+    keep_undo: bool = False,
     progress: Progress | None = None,
     **what: Any,
 ) -> Result:
@@ -87,5 +88,6 @@ def merge(
         threads=threads,
         verify=verify,
         overwrite=overwrite,
+        keep_undo=keep_undo,
         progress=progress,
     )

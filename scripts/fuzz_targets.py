@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from bake.dtypes import DTYPES, tensor_bytes
 from bake.errors import BakeError
 from bake.io.header import build_header, header_length, lay_out, parse_header
 from bake.io.tensorfile import open_tensors, read_tensor_bytes
+from bake.io.undo import UNDO_KEY, Source, UndoReader, UndoWriter
 from bake.plan.prompt import LoraFolder, choices_from_prompt, parse_prompt
 from bake.plan.record import RECIPE_KEY, file_metadata
 from bake.plan.replay import recipe_from_record
@@ -466,6 +468,59 @@ def _recipe_seeds() -> Iterable[bytes]:
     yield b'{"a":' * 900 + b"1" + b"}" * 900
 
 
+def _undo(folder: Path) -> Enter:
+    """An undo file: {"record": ..., "kept": {key: hexadecimal}}, beside the output that it is for."""
+    output, place = _undo_output(folder), folder / "out.undo"
+
+    def restore() -> None:
+        reader = UndoReader(place)
+        reader.difference_to(folder)
+        for number in range(len(reader.record.base)):
+            for _ in reader.pieces(number, lambda name: output, 1):
+                pass
+
+    def enter(data: bytes) -> Iterable[Act]:
+        document = _document(data)
+        found = document if isinstance(document, dict) else {"record": document}
+        kept = found.get("kept")
+        blobs = {key: _hexadecimal(value) for key, value in kept.items()} if isinstance(kept, dict) else {}
+        placed = lay_out((key, "U8", (len(blob),)) for key, blob in blobs.items() if _is_unicode(key))
+        text = json.dumps(found.get("record"))
+        header = build_header(placed, {UNDO_KEY: text})
+        place.write_bytes(header + b"".join(blobs[key] for key in placed))
+        return [restore, lambda: _run("inspect", place)]
+
+    return enter
+
+
+def _undo_output(folder: Path) -> Path:
+    """An output of two small tensors."""
+    output = folder / "out.safetensors"
+    placed = lay_out([("a", "F16", (4,)), ("b", "U8", (3,))])
+    output.write_bytes(build_header(placed, {"format": "pt"}) + bytes(range(11)))
+    return output
+
+
+def _undo_seeds() -> Iterable[bytes]:
+    """What bake writes for a base of which one tensor is another, with and without a side file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        output, base, made = _undo_output(folder), folder / "base", folder / "made"
+        base.write_bytes(output.read_bytes()[:-2] + b"\x07\x08")
+        side = folder / "side"
+        side.write_bytes(b"{}")
+        weights = Source("a.safetensors", base, "out.safetensors", True)
+        for sources in ([weights], [weights, Source("config.json", side, "out.safetensors", False)]):
+            made.write_bytes(b"")
+            descriptor = os.open(made, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            UndoWriter(descriptor, "zlib", 1, lambda count: None).write(sources, lambda name: output, "0.1.0")
+            os.close(descriptor)
+            file = open_tensors(made)
+            kept = {key: read_tensor_bytes(file, key).hex() for key in file.tensors}
+            yield _dumped({"record": json.loads(file.metadata[UNDO_KEY]), "kept": kept})
+            file.close()
+
+
 def _prompt(folder: Path) -> Enter:
     """A prompt with <lora:...> tags."""
     for name in ("style", "Style", "other/style", "fine lines", "a:b"):
@@ -618,6 +673,7 @@ TARGETS = {
     "config": Target(_config, _config_seeds),
     "adapter-config": Target(_adapter_config, _adapter_config_seeds),
     "recipe": Target(_recipe, _recipe_seeds),
+    "undo": Target(_undo, _undo_seeds),
     "prompt": Target(_prompt, _prompt_seeds, is_json=False),
     "words": Target(_words, _words_seeds, is_json=False),
     "pickle": Target(_pickle, _pickle_seeds, is_json=False),

@@ -14,6 +14,7 @@ import json
 import math
 import struct
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -43,7 +44,7 @@ from hostile_pickles import (
 )
 
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "hostile"
-MALFORMED, USAGE, MISFIT, UNSUPPORTED, NOT_FINITE, FINE = 3, 2, 5, 6, 7, 0
+MALFORMED, USAGE, MISFIT, UNSUPPORTED, NOT_FINITE, DIFFERENT, FINE = 3, 2, 5, 6, 7, 9, 0
 
 TARGET = "model.layers.0.self_attn.q_proj.weight"
 MODULE = "base_model.model." + TARGET.removesuffix(".weight")
@@ -60,7 +61,9 @@ class Case:
     """One defect."""
 
     name: str
-    role: str  # base, adapter: what it is given as. baked: it is verified by its own recipe. prompt: there is no file
+    # base, adapter: what it is given as. baked: it is verified by its own recipe. undone: out.safetensors in it is
+    # undone. prompt: there is no file
+    role: str
     exit: int
     says: str  # part of the message
     inspect: int | None = None  # the exit code of `bake inspect`, where it is another
@@ -423,6 +426,104 @@ def recipes() -> Iterator[Case]:
     yield case("packaging", "malformed", {**record, "base": {**record["base"], "packaging": "crate", "files": []}})
 
 
+def stored(data: bytes) -> bytes:
+    """`data` as zlib stores what it cannot compress: the same bytes from every zlib."""
+    block = struct.pack("<BHH", 1, len(data), len(data) ^ 0xFFFF) + data
+    return b"\x78\x01" + block + struct.pack(">I", zlib.adler32(data))
+
+
+def frame(data: bytes) -> bytes:
+    """A frame of an undo file with bytes that nothing in the output is like: their signs are folded."""
+    return framed(stored(bytes(byte << 1 if byte < 128 else (255 - byte) * 2 + 1 for byte in data)))
+
+
+def framed(content: bytes) -> bytes:
+    return len(content).to_bytes(4, "little") + content
+
+
+def undos() -> Iterator[Case]:
+    """Outputs with undo files beside them. The base is the output with another header."""
+    length = int.from_bytes(GOOD_BASE[:8], "little")
+    header = (length + 2).to_bytes(8, "little") + GOOD_BASE[8 : 8 + length] + b"  "
+    base = header + GOOD_BASE[8 + length :]
+    written = {"name": "", "size": len(GOOD_BASE), "sha256": sha256(GOOD_BASE).hexdigest()}
+    kept = {"name": "", "size": len(base), "sha256": sha256(base).hexdigest(), "like": "", "header": len(header)}
+    record: dict[str, Any] = {"schema": 1, "version": "0.1.0", "packing": "zlib", "output": [written], "base": [kept]}
+    parts = {"0": frame(header)}
+
+    def case(what: str, exit: int, says: str, written: Any = None, parts: Mapping[str, bytes] = parts) -> Case:
+        text = written if isinstance(written, str) else json.dumps(record if written is None else written)
+        entries: dict[str, Any] = {"__metadata__": {"bake.undo": text}}
+        data = b""
+        for key, content in parts.items():
+            entries[key] = entry("U8", [len(content)], len(data))
+            data += content
+        return Case(
+            f"undo-{what}",
+            "undone",
+            exit,
+            says,
+            files={"out.safetensors": GOOD_BASE, "out.undo": container(entries, data)},
+        )
+
+    def of_base(what: str, exit: int, says: str, parts: Mapping[str, bytes] = parts, **changed: Any) -> Case:
+        return case(what, exit, says, {**record, "base": [{**kept, **changed}]}, parts)
+
+    def of_output(what: str, exit: int, says: str, **changed: Any) -> Case:
+        return case(what, exit, says, {**record, "output": [{**record["output"][0], **changed}]})
+
+    yield case("good", FINE, "")
+    yield case("no-json", MALFORMED, "not valid JSON", "{")
+    yield case("no-object", MALFORMED, "not a JSON object", "[]")
+    yield case("twice", MALFORMED, "names 'schema' twice", '{"schema":1,"schema":1}')
+    yield case("schema", MALFORMED, "schema 99", {**record, "schema": 99})
+    yield case("empty", MALFORMED, "malformed", {"schema": 1})
+    yield case("packing", MALFORMED, "'rar' is unknown", {**record, "packing": "rar"})
+    yield case("base-none", MALFORMED, "no list of different files", {**record, "base": []})
+    yield case("base-number", MALFORMED, "malformed", {**record, "base": 1})
+    yield case("base-twice", MALFORMED, "no list of different files", {**record, "base": [kept, kept]})
+    inside = [{**kept, "name": "a"}, {**kept, "name": "a/b"}]
+    yield case("base-inside-itself", MALFORMED, "is a file and a folder", {**record, "base": inside})
+    for what, climbing in (
+        *(("climbs", "../owned.safetensors"), ("absolute", "/tmp/owned.safetensors"), ("drive", "C:owned.safetensors")),
+        *(("backslash", "..\\owned.safetensors"), ("nul", "owned\0.safetensors"), ("dot", ".")),
+    ):
+        yield of_base(f"name-{what}", MALFORMED, "is not the name of a file", name=climbing)
+    yield of_base("name-number", MALFORMED, "malformed", name=1)
+    yield of_output("output-climbs", MALFORMED, "is not the name of a file", name="../good/base.safetensors")
+    yield of_base("like-unknown", MALFORMED, "'x' is unknown", like="x")
+    yield of_base("size-negative", MALFORMED, "is no size", size=-1)
+    yield of_base("size-fraction", MALFORMED, "is no size", size=1.5)
+    yield of_base("size-huge", MALFORMED, "is no size", size=2**70)
+    yield of_base("size-absurd", 8, "the output takes", size=2**60)
+    yield of_base("size-other", MALFORMED, "unknown bytes", size=len(base) + 1)
+    yield of_base("sha256-short", MALFORMED, "is no SHA-256", sha256="ab")
+    yield of_base("sha256-other", DIFFERENT, "it is damaged", sha256="0" * 64)
+    yield of_output("output-other", MISFIT, "does not belong to", sha256="0" * 64)
+    elsewhere = {**written, "name": "more.safetensors"}
+    yield case(
+        "output-missing",
+        MISFIT,
+        "is missing",
+        {**record, "output": [written | {"name": "a"}, elsewhere], "base": [{**kept, "like": "more.safetensors"}]},
+    )
+    yield of_base("header-huge", MALFORMED, "a header of", header=2**40, size=2**50)
+    yield of_base("header-longer", MALFORMED, "damaged", header=len(header) + 8)
+    yield of_base("header-none", DIFFERENT, "it is damaged", parts={"0": frame(base)}, header=None, sha256="1" * 64)
+    yield case("header-missing", MALFORMED, "should hold '0'", parts={})
+    hole = header.replace(b'"data_offsets":[0,64]', b'"data_offsets":[4,64]')
+    yield case("header-malformed", MALFORMED, "its offsets span 60", parts={"0": frame(hole)})
+    more = header.replace(b"model.norm", b"model.Norm")
+    yield case("tensor-missing", MALFORMED, "should hold '0:model.Norm.weight'", parts={"0": frame(more)})
+    yield case("frame-longer", MALFORMED, "a frame is longer", parts={"0": framed(b"")[:-1] + b"\x7f"})
+    yield case("frame-cut", MALFORMED, "a frame is longer", parts={"0": frame(header)[:-1]})
+    yield case("frame-more", MALFORMED, "more follows", parts={"0": frame(header) + b"\0"})
+    yield case("frame-nonsense", MALFORMED, "damaged", parts={"0": framed(b"nonsense")})
+    yield case("frame-short", MALFORMED, "does not hold", parts={"0": frame(header[:-1])})
+    yield case("frame-long", MALFORMED, "does not hold", parts={"0": frame(header + b" ")})
+    yield case("frame-followed", MALFORMED, "does not hold", parts={"0": framed(frame(header)[4:] + b"x")})
+
+
 def prompts() -> Iterator[Case]:
     """Names in prompts; the folder is good/, in which there is an adapter called "adapter"."""
 
@@ -446,7 +547,7 @@ def prompts() -> Iterator[Case]:
 
 def make_cases() -> list[Case]:
     """Every case."""
-    kinds = (headers, indexes, configurations, numbers, pickles, recipes, prompts)
+    kinds = (headers, indexes, configurations, numbers, pickles, recipes, undos, prompts)
     return [case for kind in kinds for case in kind()]
 
 

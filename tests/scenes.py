@@ -59,6 +59,10 @@ def _stack(folder: Path) -> list[Path | str]:
     return [base, "--also", also, "-l", _lora(folder), "-o", folder / "out"]
 
 
+def _undoable(make: Callable[[Path], list[Path | str]]) -> Callable[[Path], list[Path | str]]:
+    return lambda folder: [*make(folder), "--keep-undo"]
+
+
 # name -> (makes the inputs and gives the words, whether there is an old output)
 KINDS: dict[str, tuple[Callable[[Path], list[Path | str]], bool]] = {
     "file": (_file, False),
@@ -69,6 +73,9 @@ KINDS: dict[str, tuple[Callable[[Path], list[Path | str]], bool]] = {
     "folder over an old one": (_folder, True),
     "stack": (_stack, False),
     "stack over an old one": (_stack, True),
+    "file with undo data": (_undoable(_file), False),
+    "file with undo data over an old one": (_undoable(_file), True),
+    "folder with undo data over an old one": (_undoable(_folder), True),
 }
 
 

@@ -67,14 +67,16 @@ def test_a_hostile_file_is_refused_by_every_command_and_nothing_is_written(case:
     else:
         request = [place / "good" / BASE.name, "--prompt", case.get("prompt", ""), "--lora-dir", place / "good"]
     exit_code, says = case["exit"], case["says"]
-    if "path" in case:
+    if case["role"] == "undone":
+        judge(bake("undo", given / "out.safetensors", "-o", output), exit_code, says)
+    elif "path" in case:
         judge(bake("inspect", given), case.get("inspect", exit_code), says)
         as_json = bake("inspect", given, "--json")
         assert as_json.code == case.get("inspect", exit_code)
         assert as_json.json.get("error", {"exit": 0})["exit"] == as_json.code
     if case["role"] == "baked":
         judge(bake("verify", given), exit_code, says)
-    else:
+    elif case["role"] != "undone":
         judge(bake("plan", *request), 0 if exit_code == 7 and case.get("inspect") == 0 else exit_code, says)
         judge(bake("fuse", *request, "-o", output), exit_code, says)
     if exit_code == 0:

@@ -47,16 +47,17 @@ ALLOWED = {
     "verify": {"errors", "dtypes", "draws", "io", "keys", "plan", "adapters", "merges", "progress"},
     "api": {"errors", "interrupts", "io", "plan", "execute", "verify", "progress"},
     "merging": {"api", "plan", "execute", "progress"},
+    "undoing": {"errors", "api", "execute", "io", "progress"},
     "adapter_api": {"errors", "io", "keys", "identify", "plan", "execute", "progress"},
     "adapter_documents": {"adapter_api", "documents", "plan"},
     "doctor": {"errors", "io", "keys", "identify", "plan"},
     "norms": {"errors", "io", "keys", "identify", "adapters"},
     "inspection": {"errors", "io", "keys", "identify", "plan", "doctor", "norms"},
     "bugreport": {"errors", "io", "keys", "inspection"},
-    "documents": {"errors", "api", "plan", "verify", "merges"},
+    "documents": {"errors", "api", "plan", "undoing", "verify", "merges"},
     "cli": {
         *("errors", "dtypes", "interrupts", "sizes", "progress", "keys", "identify", "plan", "verify", "merges"),
-        *("api", "documents", "adapter_api", "adapter_documents", "inspection", "bugreport", "merging"),
+        *("api", "documents", "adapter_api", "adapter_documents", "inspection", "bugreport", "merging", "undoing"),
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "interrupts", "sizes", "progress", "keys", "plan")

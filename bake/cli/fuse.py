@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bake import api
-from bake.cli.options import adapter_options, output_options, recipe_options, run_options
+from bake.cli.options import adapter_options, keep_undo_option, output_options, recipe_options, run_options
 from bake.cli.output import Output
 from bake.cli.request import make_plan
 
@@ -37,6 +37,7 @@ from bake.cli.request import make_plan
     help="If the run ends early, however it does, keep what is finished; if an earlier run with --resume left "
     "something that fits, go on from there. Costs one SHA-256 pass over the output.",
 )
+@keep_undo_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as 'bake plan' does.")
 @output_options
 def command(
@@ -48,6 +49,7 @@ def command(
     overwrite: bool,
     verify: api.Verification,
     resume: bool,
+    keep_undo: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -66,7 +68,7 @@ def command(
     out = Output(as_json, quiet, verbose)
     plan = make_plan(base, out, **request)
     if dry_run:
-        api.check_output_path(plan, output, overwrite=overwrite)
+        api.check_output_path(plan, output, overwrite=overwrite, keep_undo=keep_undo)
         out.show_plan(plan, output)
         return
     with out.progress() as progress:
@@ -79,6 +81,7 @@ def command(
             verify=verify,
             overwrite=overwrite,
             resume=resume,
+            keep_undo=keep_undo,
             progress=progress,
         )
     out.show_result(result)

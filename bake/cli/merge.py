@@ -10,6 +10,7 @@ import click
 
 from bake import api, merging
 from bake.cli.options import (
+    keep_undo_option,
     merge_dtypes_option,
     metadata_options,
     output_options,
@@ -84,6 +85,7 @@ _merge_options = stack(
     help="How much is read back and made again before the output appears.",
 )
 @click.option("--list", "lists", is_flag=True, help="Show the methods, or the parameters of METHOD, and do nothing.")
+@keep_undo_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, from headers.")
 @output_options
 def command(
@@ -106,6 +108,7 @@ def command(
     threads: int | None,
     overwrite: bool,
     verify: api.Verification,
+    keep_undo: bool,
     lists: bool,
     dry_run: bool,
     as_json: bool,
@@ -146,7 +149,7 @@ def command(
     }
     plan = merging.build_merge_plan(method, models, **what)
     if output is not None:
-        api.check_output_path(plan, output, overwrite=overwrite)
+        api.check_output_path(plan, output, overwrite=overwrite, keep_undo=keep_undo)
     if dry_run or output is None:
         out.show_plan(plan, output)
         return
@@ -159,6 +162,7 @@ def command(
             threads=threads,
             verify=verify,
             overwrite=overwrite,
+            keep_undo=keep_undo,
             progress=progress,
         )
     out.show_result(result)

@@ -280,6 +280,12 @@ recipe_options = stack(
         help="Elements of the base that are NaN or infinite stay as they are, and no others may become so. Without "
         "it they are refused in every tensor that is computed; tensors that are only copied are not looked at.",
     ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse an adapter that is in BASE already, as the record of an earlier bake in it says. Without it "
+        "there is a warning with the weight that results.",
+    ),
     embeddings_option,
     metadata_options,
 )
@@ -303,6 +309,13 @@ run_options = stack(
         help="Threads that compute. Default: one per core, at most 8.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+)
+
+keep_undo_option = click.option(
+    "--keep-undo",
+    is_flag=True,
+    help="Write what is replaced into an undo file beside the output (out.undo for out.safetensors), with which 'bake "
+    "undo' restores the base bit for bit: docs/undo.md.",
 )
 
 output_options = stack(

@@ -20,6 +20,7 @@ from bake.documents import (
     method_document,
     plan_document,
     report_document,
+    restored_document,
     result_document,
     tensor_counts,
 )
@@ -31,6 +32,7 @@ from bake.plan.recipe import is_text_encoder
 from bake.plan.selection import Selection
 from bake.progress import Progress, Silent
 from bake.sizes import format_bytes
+from bake.undoing import Restored
 from bake.verify.report import Report
 
 _WEAK = 0.9  # a survival below this is worth a warning
@@ -72,6 +74,7 @@ class Output:
             self.line("writes", f"{format_bytes(output_bytes(plan))}{where}; {_tensor_counts(plan)}")
             if self.verbose:
                 self._list_tensors(plan)
+        self._warn_of_plan(plan)
 
     def show_result(self, result: Result) -> None:
         """What was done."""
@@ -93,6 +96,9 @@ class Output:
                 self.line("clamped", f"{_component_label(name, result.plan)}: {count} elements, most in {worst}")
             if result.report is not None:
                 self.line("verified", _verdict(result.report))
+            if result.undo is not None:
+                self.line("undo", f"{result.undo}: {format_bytes(result.undo_bytes)} bring the base back, bit for bit")
+        self._warn_of_plan(result.plan)
         self._show_leftovers(result)
         for name, tensors in result.clamped.items():
             self.warn(
@@ -106,6 +112,10 @@ class Output:
                     f"dtype. {_advice(result.plan)}"
                 )
 
+    def _warn_of_plan(self, plan: Plan) -> None:
+        for warning in plan.warnings:
+            self.warn(warning)
+
     def _show_leftovers(self, result: Result) -> None:
         """What became of what an earlier run had left."""
         resumed = result.resumed
@@ -117,6 +127,22 @@ class Output:
             total = format_bytes(result.plan.data_bytes)
             again = f"; {resumed.redone} spans were not, and were written again" if resumed.redone else ""
             click.echo(f"resumed: {format_bytes(resumed.bytes)} of {total} were there and correct{again}", err=True)
+
+    def show_restored(self, result: Restored) -> None:
+        """What was restored."""
+        if self.as_json:
+            self.document(restored_document(result))
+        elif not self.quiet:
+            self.line("undone", f"{result.undone}, by {result.undo}")
+            files = f"{len(result.files)} files, " if len(result.files) > 1 else ""
+            size = format_bytes(result.bytes_written)
+            self.line("wrote", f"{result.output}: {files}{size} in {result.seconds:.1f} s")
+            for file in result.files[:_MOST_LINES]:
+                self.line("proved", f"{f'{file.name} ' if file.name else ''}SHA-256 {file.sha256}, as it was")
+            if len(result.files) > _MOST_LINES:
+                self.line("proved", f"and {len(result.files) - _MOST_LINES} more (--json lists all)")
+        if result.leftover:
+            self.warn(f"a draft that a killed run had left beside {result.output} was replaced")
 
     def show_report(self, output: Path, report: Report) -> None:
         """What a verification found."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -12,6 +12,7 @@ from bake.identify.scaled import ScaledBase
 from bake.io.checkpoint import Checkpoint
 from bake.io.header import TensorInfo
 from bake.plan.model import Coverage, Input, MergeStep, Merging, Replacement, Share, Stored
+from bake.plan.record import RECIPE_KEY
 
 # Where the values of a tensor come from: bytes of an input, or what is made of those of several.
 Origin: TypeAlias = "Stored | MergeStep"
@@ -32,6 +33,15 @@ class Arranged:
     merged: Mapping[str, Coverage] = field(default_factory=dict)  # component -> how many of its tensors are merged
     replaced: tuple[Replacement, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> Iterator[tuple[str, bool]]:
+        """The recipes that earlier bakes stored in what it is made of, each with whether that is merged with others."""
+        if self.merging is None:
+            metadata: Iterable[Mapping[str, str]] = [part.file.metadata for part in self.checkpoint.files]
+        else:
+            metadata = [model.history for model in self.merging.models]
+        return ((each[RECIPE_KEY], self.merging is not None) for each in metadata if RECIPE_KEY in each)
 
     def origin(self, full: str, place: int, name: str, info: TensorInfo) -> Origin:
         """Where the values of a tensor come from, which file `place` of the checkpoint has as `name`."""

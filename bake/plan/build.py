@@ -18,6 +18,7 @@ from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.plan.arranged import Arranged
 from bake.plan.base import check_family
 from bake.plan.casts import Casting, check_casts
+from bake.plan.doubles import note_repeated, warn_of_doubles
 from bake.plan.embeddings import embedding_notes, plan_embeddings
 from bake.plan.files import plan_files, plan_side_files
 from bake.plan.heads import base_of, settle_heads
@@ -62,6 +63,7 @@ def build_plan(recipe: Recipe) -> Plan:
         _check_recipe(recipe, identity)
         check_casts(recipe, identity.components)
         uses = _open_adapters(recipe, identity, opened)
+        warnings = warn_of_doubles(recipe, base.records, [(use.adapter.source, use.choice) for use in uses])
         inputs, adapters = _list_inputs(base.inputs, uses)
         if uses or recipe.converts:
             refuse_quantised(checkpoint.root, checkpoint, base.scaled)
@@ -98,6 +100,7 @@ def build_plan(recipe: Recipe) -> Plan:
                 "allow_nonfinite_base": recipe.allow_nonfinite_base,
             },
             record=recipe.record,
+            warnings=warnings,
             embeddings=embeddings,
             rounding=recipe.rounding,
             seed=recipe.seed,
@@ -225,6 +228,8 @@ def _notes(recipe: Recipe, checkpoint: Checkpoint, uses: Sequence[_Use], matchin
         companion = use.choice.path.with_suffix(".text_encoder.pt")
         if use.choice.path.suffix == ".pt" and companion.is_file() and companion != use.choice.path:
             yield f"{name}: {companion.name} lies beside it; give it with -l too to fuse the text encoder"
+    named = [(use.adapter.source, use.choice) for use in uses]
+    yield from note_repeated(recipe, named, [use.content for use in uses])
     yield from matching.notes
     if any(name.startswith(_EMA) and math.prod(info.shape) > 1 for name, _, info in checkpoint.tensors()):
         yield "the base carries a second, averaged copy of its weights (model_ema); it is copied without the adapters"

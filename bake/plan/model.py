@@ -301,6 +301,7 @@ class Plan:
     notes: tuple[str, ...]
     settings: dict[str, Any]  # what the recipe record needs to be replayed
     record: bool
+    warnings: tuple[str, ...] = ()
     embeddings: tuple[EmbeddingPlan, ...] = ()
     rounding: str = "nearest"  # one of bake.plan.recipe.ROUNDINGS
     seed: int = 0  # of stochastic rounding, and of merges by chance

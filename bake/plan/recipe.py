@@ -76,6 +76,7 @@ class Recipe:
     rounding: str = "nearest"  # one of ROUNDINGS
     seed: int = 0  # of stochastic rounding, and of merges by chance
     allow_nonfinite_base: bool = False  # elements of the base that are NaN or infinite stay as they are
+    strict: bool = False  # refuse adapters that are in the base already
 
     @property
     def dtypes(self) -> Mapping[str, str]:

@@ -79,15 +79,15 @@ def recipe_record(plan: Plan, digests: Sequence[Digest], version: str, history: 
         base = _checkpoint(plan, plan.base, plan.packaging, (0, count), digests, history)
     else:
         base = _merge(plan, plan.merge, digests)
+    replaced = {
+        each.component: _checkpoint(plan, each.path, each.packaging, each.inputs, digests, {}) for each in plan.replaced
+    }
     return {
         "schema": RECIPE_SCHEMA,
         "version": version,
         "family": plan.family,
         ("base" if plan.merge is None else "merge"): base,
-        "replaced": {
-            each.component: _checkpoint(plan, each.path, each.packaging, each.inputs, digests, {})
-            for each in plan.replaced
-        },
+        **({"replaced": replaced} if replaced else {}),
         "adapters": [
             {
                 "name": use.name,

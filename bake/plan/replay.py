@@ -73,7 +73,7 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
             base=base,
             adapters=tuple(_find_adapter(entry, library) for entry in record["adapters"]),
             also=also,
-            replaced={str(name): _find_base(entry, library)[0] for name, entry in record["replaced"].items()},
+            replaced={str(name): _find_base(entry, library)[0] for name, entry in record.get("replaced", {}).items()},
             dtype=_dtype(settings["dtype"]),
             only=tuple(str(name) for name in settings["only"]),
             allow_unmatched=bool(settings["allow_unmatched"]),
