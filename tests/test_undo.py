@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -395,6 +396,34 @@ def test_killed_between_the_two_renames_whichever_output_is_there_can_be_undone(
             found.add((is_new, bool(list(folder.glob(".*.bake-old")))))
             shutil.rmtree(folder)
     assert {(False, True), (True, True)} <= found, "with the old undo file beside, of the old and of the new output"
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_run_that_fails_after_a_killed_one_leaves_the_undo_file_of_the_output_that_is_there(
+    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = file(tmp_path)
+    for name in ("out", "other"):
+        assert bake("fuse", *words, "-o", tmp_path / f"{name}.safetensors", "--keep-undo").code == 0
+        words[2] = f"{words[2]}:0.5"
+    aside = tmp_path / ".out.undo.bake-old"
+    if is_new:
+        (tmp_path / "other.undo").rename(aside)
+    else:
+        (tmp_path / "out.undo").rename(aside)
+        (tmp_path / "other.undo").rename(tmp_path / "out.undo")
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    words[2] = words[2].removesuffix(":0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr(UndoWriter, "write", full)
+        done = bake("fuse", *words, "-o", tmp_path / "out.safetensors", "--keep-undo", "--overwrite")
+    assert done.code == 8, done.err
+    assert not drafts(tmp_path)
+    assert bake("undo", tmp_path / "out.safetensors", "-o", tmp_path / "back.safetensors").code == 0
+    assert listing(tmp_path / "back.safetensors") == listing(words[0])
 
 
 class TestTheFormat:

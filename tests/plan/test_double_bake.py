@@ -13,9 +13,11 @@ from support import bake, load, metadata, save
 
 from bake.api import build_plan, fuse
 from bake.errors import AlreadyFused
+from bake.io.adapter import open_adapter
 from bake.merging import merge
+from bake.plan.doubles import note_repeated
 from bake.plan.model import Plan
-from bake.plan.recipe import AdapterChoice
+from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.selection import Selection
 
 
@@ -66,6 +68,14 @@ def test_text_encoders_are_counted_apart(pair) -> None:
 )
 def test_components_that_were_left_out_do_not_count(pair, only: str, said: str) -> None:
     assert said in warning(build_plan(baked(pair, 0.5, only=[only]), [pair[1]]))
+
+
+def test_the_weights_of_now_are_counted_apart_as_well(pair) -> None:
+    base = baked(pair, 0.5)
+    text = warning(build_plan(base, [AdapterChoice(pair[1], 0.5, te=0.25)]))
+    assert "with 0.5 (te 0.25) now it counts 1 (te 0.75) in all" in text
+    text = warning(build_plan(base, [(pair[1], 0.5)], only=["unet"]))
+    assert "with 0.5 (te 0) now it counts 1 (te 0.5) in all" in text
 
 
 def test_block_weights_are_pointed_out(pair) -> None:
@@ -120,6 +130,13 @@ class TestOneCommand:
     def test_other_adapters_of_that_shape_are_not(self, pair, tmp_path: Path) -> None:
         other = save(tmp_path / "other.safetensors", {n: a.astype("f2") * 2 for n, a in load(pair[1]).items()})
         assert not any("the same adapter" in note for note in build_plan(pair[0], [pair[1], other]).notes)
+
+    def test_adapters_that_only_look_alike_are_told_apart_by_their_digests(self, pair, tmp_path: Path) -> None:
+        other = save(tmp_path / "other.safetensors", {n: a.astype("f2") * 2 for n, a in load(pair[1]).items()})
+        uses = [(open_adapter(path), AdapterChoice(path)) for path in (pair[1], other)]
+        recipe = Recipe(pair[0], tuple(choice for _, choice in uses))
+        assert list(note_repeated(recipe, uses, ["alike", "alike"])) == []
+        assert len(list(note_repeated(recipe, [uses[0], uses[0]], ["alike", "alike"]))) == 1
 
     def test_both_count_if_the_base_has_it_too(self, pair) -> None:
         plan = build_plan(baked(pair, 1.0), [(pair[1], 0.5), (pair[1], 0.25)])
