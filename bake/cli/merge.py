@@ -11,10 +11,11 @@ import click
 from bake import api, merging
 from bake.cli.options import metadata_options, output_options, run_options, stack, wide_dtypes_option
 from bake.cli.output import Output
-from bake.cli.parameters import ParameterSetting, Setting, joined
+from bake.cli.parameters import ParameterSetting, joined
 from bake.cli.request import chosen_dtypes
 from bake.errors import UsageError
 from bake.merges import METHODS
+from bake.plan.words import Typed
 
 _merge_options = stack(
     click.option(
@@ -81,7 +82,7 @@ _merge_options = stack(
 def command(
     method: str | None,
     models: Sequence[Path],
-    settings: Sequence[tuple[str, int | None, Setting]],
+    settings: Sequence[tuple[str, int | None, Typed]],
     base: Path | None,
     only: Sequence[str],
     allow_missing: bool,
