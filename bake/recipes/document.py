@@ -146,7 +146,7 @@ def _position(text: str, place: int, path: Path) -> Mark:
     return Mark(path, before.count("\n") + 1, place - before.rfind("\n"))
 
 
-def _placed(mark: yaml.Mark | None, path: Path) -> Mark:
+def _placed(mark: Any, path: Path) -> Mark:
     return Mark(path, 1, 1) if mark is None else Mark(path, mark.line + 1, mark.column + 1)
 
 
@@ -159,7 +159,7 @@ class _Loader(yaml.SafeLoader):
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark = _placed(event.start_mark, self._path)
         if getattr(event, "tag", None) is not None and not isinstance(event, yaml.AliasEvent):
             raise _malformed(mark, f"tags such as {shortened(str(event.tag))} are not read; write the value itself")

@@ -29,6 +29,7 @@ from bake.recipes.kinds import (
     OrNothing,
     Record,
     Schema,
+    Shared,
     Size,
     Switch,
     Text,
@@ -38,7 +39,6 @@ from bake.recipes.kinds import (
 
 FORMAT = 1
 VERIFICATIONS = ("none", "sample", "full")
-_DTYPE = Word(("keep", *OUTPUT_DTYPES))
 _COMPONENTS = ListOf(Text("the name of a component, such as unet"), single=True)
 _EVERYWHERE = "*"  # as a gradient's filter: all that no other is about
 
@@ -55,6 +55,17 @@ class _Version:
 
     def schema(self) -> Schema:
         return {"const": FORMAT}
+
+
+DEFINITIONS: dict[str, Kind] = {}  # what the schema spells out once
+
+
+def _shared(name: str, kind: Kind) -> Shared:
+    DEFINITIONS[name] = kind
+    return Shared(name, kind)
+
+
+_DTYPE = _shared("dtype", Word(("keep", *OUTPUT_DTYPES)))
 
 
 # ---- Numbers that differ between parts of a model --------------------------------------------------------------------
@@ -120,21 +131,24 @@ def _adapter(given: dict[str, Any], mark: Mark) -> AdapterChoice:
     )
 
 
-_ADAPTER = Either(
-    Made(Text("a LoRA, as behind -l"), _typed_adapter),
-    mapping=Made(
-        Record(
-            "a LoRA",
-            (
-                Field("path", File(), "the adapter, a file or a folder", required=True),
-                Field("weight", Number(), "how much of it; any sign, 0 leaves it out; default 1"),
-                Field("te", Number(), "the weight for the text encoders; default: weight"),
-                Field("unet", Number(), "the weight for everything else; default: weight"),
-                Field("dyn", Number(low=1, whole=True), "use only so many ranks"),
-                *_selection_fields(Number()),
+_ADAPTER = _shared(
+    "lora",
+    Either(
+        Made(Text("a LoRA, as behind -l"), _typed_adapter),
+        mapping=Made(
+            Record(
+                "a LoRA",
+                (
+                    Field("path", File(), "the adapter, a file or a folder", required=True),
+                    Field("weight", Number(), "how much of it; any sign, 0 leaves it out; default 1"),
+                    Field("te", Number(), "the weight for the text encoders; default: weight"),
+                    Field("unet", Number(), "the weight for everything else; default: weight"),
+                    Field("dyn", Number(low=1, whole=True), "use only so many ranks"),
+                    *_selection_fields(Number()),
+                ),
             ),
+            _adapter,
         ),
-        _adapter,
     ),
 )
 _ADAPTERS = ListOf(_ADAPTER, single=True)
@@ -151,12 +165,13 @@ def _parameter_kind(parameter: Parameter) -> Kind:
         return Switch()
     number = Number(parameter.low, parameter.high, parameter.above, parameter.whole)
     parts = Record(
-        f"{parameter.name} by parts of the model",
+        "a parameter by parts of the model",
         (Field("value", number, "the number where nothing else is said"), *_selection_fields(number)),
         others=number,  # of components
     )
-    one = Either(number, mapping=Made(parts, _parts))
-    return Either(number, Made(ListOf(one), _listed) if parameter.per_model else None, one.mapping)
+    span = "".join(letter if letter.isalnum() else "-" for letter in parameter.span)
+    one = _shared(f"{'whole-' if parameter.whole else ''}{span}", Either(number, mapping=Made(parts, _parts)))
+    return Either(one, Made(ListOf(one), _listed), one) if parameter.per_model else one
 
 
 def _parts(given: dict[str, Any], mark: Mark) -> Selection:
@@ -215,20 +230,25 @@ def _by_method() -> list[Schema]:
     return rules
 
 
-_MERGE = Made(
-    Record(
-        "a merge",
-        (
-            Field("method", Word(tuple(METHODS)), "how the models are merged: see docs/merging.md", required=True),
-            Field("models", ListOf(File(), least=1), "the models, in the order in which it takes them", required=True),
-            Field("base", File(), "the model that the others were trained from, for methods that have one"),
-            Field("parameters", Unread(), "the parameters of the method"),
-            Field("only", _COMPONENTS, "merge these components alone; the rest is the first model's"),
-            Field("allow_missing", Switch(), "tensors that another model lacks stay the first one's"),
+_MERGE = _shared(
+    "merge",
+    Made(
+        Record(
+            "a merge",
+            (
+                Field("method", Word(tuple(METHODS)), "how the models are merged: see docs/merging.md", required=True),
+                Field(
+                    "models", ListOf(File(), least=1), "the models, in the order in which it takes them", required=True
+                ),
+                Field("base", File(), "the model that the others were trained from, for methods that have one"),
+                Field("parameters", Unread(), "the parameters of the method"),
+                Field("only", _COMPONENTS, "merge these components alone; the rest is the first model's"),
+                Field("allow_missing", Switch(), "tensors that another model lacks stay the first one's"),
+            ),
+            rules={"allOf": _by_method()},
         ),
-        rules={"allOf": _by_method()},
+        _merge,
     ),
-    _merge,
 )
 
 

@@ -212,6 +212,20 @@ class Either:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Another kind that stands in several places; the schema spells it out once."""
+
+    name: str
+    kind: Kind
+
+    def read(self, node: Node) -> Any:
+        return self.kind.read(node)
+
+    def schema(self) -> Schema:
+        return {"$ref": f"#/$defs/{self.name}"}
+
+
+@dataclass(frozen=True, slots=True)
 class OrNothing:
     """Another kind, or nothing."""
 

@@ -308,13 +308,15 @@ class _Reader:
         found: dict[str, Setting] = dict(self._method.fixed)
         for parameter in self._method.parameters:
             if parameter.ours and parameter.per_model and self._theirs != "passthrough":
-                each = [self._setting(parameter, (*model.parameters, *shared), model.mark) for model in models]
+                each: list[Any] = [
+                    self._setting(parameter, (*model.parameters, *shared), model.mark) for model in models
+                ]
                 if any(setting is not None for setting in each):
                     rest = self._defaults[parameter.ours]
                     found[parameter.ours] = [rest if setting is None else setting for setting in each]
             elif parameter.ours:
-                own = models[0].parameters if parameter.per_model else ()
-                setting = self._setting(parameter, (*own, *shared), self._top.mark)
+                narrow = models[0].parameters if parameter.per_model else ()
+                setting = self._setting(parameter, (*narrow, *shared), self._top.mark)
                 if setting is not None:
                     found[parameter.ours] = setting
         return _nuslerp(found) if self._theirs == "nuslerp" else found
@@ -332,7 +334,7 @@ class _Reader:
                     elif is_alone and not known[key].per_model:
                         self._note(entries.keys[key], f"{key} is the same for all models; here it changes nothing")
 
-    def _setting(self, parameter: _Parameter, sources: tuple[Entries, ...], place: Mark) -> Setting | None:
+    def _setting(self, parameter: _Parameter, sources: tuple[Entries, ...], place: Mark) -> Any:
         """What the sources say, the narrowest first; None if none says anything and ours has the same default."""
         nodes = [entries.entries[parameter.theirs] for entries in sources if parameter.theirs in entries.entries]
         if parameter.is_switch:

@@ -109,7 +109,7 @@ def _joined(above: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
 class _Reader:
     """Makes one bake of what its keys say."""
 
-    def __init__(self, nodes: tuple[Entries, ...], given: dict[str, Any], folders: dict[Path, LoraFolder]) -> None:
+    def __init__(self, nodes: tuple[Node, ...], given: dict[str, Any], folders: dict[Path, LoraFolder]) -> None:
         self._nodes, self._given, self._folders = nodes, given, folders
         self._notes: list[str] = []
 
@@ -131,7 +131,8 @@ class _Reader:
 
     def _mark(self, key: str) -> Mark:
         """Where a key that counts stands."""
-        return next((node.keys[key] for node in self._nodes if key in node.keys), self._nodes[0].mark)
+        keys = [node.keys for node in self._nodes if isinstance(node, Entries) and key in node.keys]
+        return keys[0][key] if keys else self._nodes[0].mark
 
     def _refuse(self, key: str, message: str) -> NoReturn:
         self._mark(key).refuse(message)
