@@ -111,15 +111,15 @@ def read_document(path: Path) -> Node:
 def parse_document(content: bytes, path: Path) -> Node:
     """The document in the bytes of a file; see `read_document`."""
     text = _decoded(content, path)
-    loader = _Loader(text, path)
+    try:
+        loader = _Loader(text, path)
+    except yaml.reader.ReaderError as error:
+        raise _malformed(_position(text, error.position, path), "a character that YAML does not allow") from None
     try:
         composed = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
         why = ", ".join(part for part in (error.context, error.problem) if part)
-        raise _malformed(_placed(mark, path), f"not valid YAML: {why}") from None
-    except yaml.reader.ReaderError as error:
-        raise _malformed(_position(text, error.position, path), "a character that YAML does not allow") from None
+        raise _malformed(_placed(error.problem_mark or error.context_mark, path), f"not valid YAML: {why}") from None
     except (ValueError, OverflowError) as error:  # an escape of no character, a number of thousands of digits
         raise _malformed(_placed(loader.get_mark(), path), f"not valid YAML: {error}") from None
     finally:
