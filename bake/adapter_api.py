@@ -24,9 +24,9 @@ from bake.io.tensorfile import read_tensor_bytes
 from bake.keys.spoken import NAMES, Names
 from bake.keys.written import Scaled, peft_settings
 from bake.plan.adapter import ADAPTER_DTYPES, Outcome, Ranks, check_name, parse_rule
-from bake.plan.build import inputs_of
 from bake.plan.combining import Combination, plan_combination
 from bake.plan.extraction import ExtractionPlan, ExtractionRequest, plan_extraction
+from bake.plan.inputs import inputs_of
 from bake.plan.labels import carried_keys, family_keys, network_keys, record
 from bake.plan.model import Input
 from bake.plan.resizing import plan_resizing, resized_config, resized_metadata

@@ -27,9 +27,8 @@ from bake.io.known import Digest
 from bake.io.target import check_target, lies_in, refusal_of
 from bake.io.tensorfile import open_tensors
 from bake.io.writeback import Writeback
-from bake.plan.build import build_plan as plan_recipe
+from bake.plan.build import build_plan as decide
 from bake.plan.embeddings import embeddings_folder
-from bake.plan.merge import MergeRecipe, build_merge_plan
 from bake.plan.model import FilePlan, Plan, Stored, TensorPlan
 from bake.plan.recipe import AdapterChoice, Recipe
 from bake.plan.record import RECIPE_KEY, file_metadata
@@ -60,9 +59,10 @@ class Result:
 
 def build_plan(
     base: PathLike,
-    adapters: Iterable[AdapterLike],
+    adapters: Iterable[AdapterLike] = (),
     *,
     also: Iterable[PathLike] = (),
+    replaced: Mapping[str, PathLike] | None = None,
     dtype: str | Mapping[str, str] = "keep",
     only: Iterable[str] = (),
     allow_unmatched: bool = False,
@@ -76,19 +76,21 @@ def build_plan(
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
     base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or
-    AdapterChoice. also: further files of a split stack. dtype: "keep" or a key of bake.dtypes.OUTPUT_DTYPES, or a
-    mapping from component ("te" for all text encoders, "all" for the rest) to these. only: components to fuse
-    into. metadata: added to the output's. record: write names, weights and SHA-256 of the inputs into the output.
-    embeddings: what becomes of token embeddings that travel in adapters: "beside" (files in OUTPUT.embeddings),
-    "add" (to a diffusers folder's tokenizer and text encoder) or "drop". rounding: "nearest", "stochastic" or
-    "fast", see docs/numerics.md. seed: of stochastic rounding. allow_nonfinite_base: elements of the base that are
-    NaN or infinite stay as they are in tensors that are computed, instead of being refused.
+    AdapterChoice. also: further files of a split stack. replaced: component ("vae", "te1", ...) -> the checkpoint
+    that it is taken from. dtype: "keep" or a key of bake.dtypes.OUTPUT_DTYPES, or a mapping from component ("te" for
+    all text encoders, "all" for the rest) to these. only: components to fuse into. metadata: added to the output's.
+    record: write names, weights and SHA-256 of the inputs into the output. embeddings: what becomes of token
+    embeddings that travel in adapters: "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer
+    and text encoder) or "drop". rounding: "nearest", "stochastic" or "fast", see docs/numerics.md. seed: of stochastic
+    rounding. allow_nonfinite_base: elements of the base that are NaN or infinite stay as they are in tensors that are
+    computed, instead of being refused.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     recipe = Recipe(
         base=Path(base),
         adapters=tuple(_choice(adapter) for adapter in adapters),
         also=tuple(Path(path) for path in also),
+        replaced={component: Path(path) for component, path in (replaced or {}).items()},
         dtype=dtype if isinstance(dtype, str) else dict(dtype),
         only=tuple(only),
         allow_unmatched=allow_unmatched,
@@ -99,8 +101,13 @@ def build_plan(
         seed=seed,
         allow_nonfinite_base=allow_nonfinite_base,
     )
+    return plan_recipe(recipe)
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Return the plan for `recipe`, as `build_plan` does for one that is put together from its arguments."""
     with inputs_only():
-        return plan_recipe(recipe)
+        return decide(recipe)
 
 
 def _choice(adapter: AdapterLike) -> AdapterChoice:
@@ -262,8 +269,9 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False) 
     if not is_folder and target.suffix != ".safetensors":
         raise UsageError(f"{target}: the output is a safetensors file; let its name end in .safetensors")
     inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
-    if plan.merge is not None:
-        inputs += [model.path for model in plan.merge.models if model.path.is_dir()]
+    others = [model.path for model in plan.merge.models] if plan.merge is not None else []
+    others += [each.path for each in plan.replaced]
+    inputs += [path for path in others if path.is_dir()]
     with inputs_only():
         needed = output_bytes(plan)
         if plan.base.is_dir() and lies_in(target.absolute().parent, plan.base):
@@ -355,7 +363,7 @@ def check_output(
             folders = [*map(Path, search), Path(os.path.realpath(path)).parent, Path.cwd()]
             recipe = recipe_from_record(stored_recipe(path), folders, str(path))
             try:
-                plan = build_merge_plan(recipe) if isinstance(recipe, MergeRecipe) else plan_recipe(recipe)
+                plan = decide(recipe)
             except UsageError as error:  # nobody typed it
                 raise InputError(f"{path}: its recipe cannot be replayed: {error.message}", path=str(path)) from None
         else:

@@ -11,7 +11,7 @@ from bake.api import Result, input_bytes, output_bytes
 from bake.errors import BakeError
 from bake.merges import Method
 from bake.plan.embeddings import embeddings_folder
-from bake.plan.model import EmbeddingPlan, Merging, Plan
+from bake.plan.model import EmbeddingPlan, Merging, Plan, TensorPlan
 from bake.running import Outcome
 from bake.verify.report import Report
 
@@ -115,6 +115,7 @@ def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
         "layout": plan.layout,
         "variant": plan.variant,
         **({} if plan.merge is None else {"merge": _merge(plan.merge)}),
+        "replaced": {each.component: each.path.name for each in plan.replaced},
         "adapters": [
             {
                 "name": use.name,
@@ -152,22 +153,21 @@ def _facts(plan: Plan, output: Path | None) -> dict[str, Any]:
 
 def tensor_counts(plan: Plan) -> dict[str, int]:
     """How many output tensors are made in which way; each counts once."""
-    if plan.merge is not None:
-        return _merged_counts(plan, plan.merge.method)
-    counts = dict.fromkeys(("fused", "grown", "converted", "copied"), 0)
+    counts = dict.fromkeys(("fused", "merged", "grown", "converted", "copied"), 0)
     for _, tensor in plan.tensors():
-        how = "fused" if tensor.terms else "grown" if tensor.appended else "copied" if tensor.is_copy else "converted"
-        counts[how] += 1
+        counts[_how(plan, tensor)] += 1
     return counts
 
 
-def _merged_counts(plan: Plan, method: str) -> dict[str, int]:
-    """The same for a merge. What is one model's and only rounded anew, or put together anew, counts as converted."""
-    counts = dict.fromkeys(("merged", "converted", "copied"), 0)
-    for _, tensor in plan.tensors():
-        how = "copied" if tensor.merge is None else "merged" if tensor.merge.method == method else "converted"
-        counts[how] += 1
-    return counts
+def _how(plan: Plan, tensor: TensorPlan) -> str:
+    """How a tensor is made. What is one model's and only rounded anew, or put together anew, counts as converted."""
+    if tensor.terms:
+        return "fused"
+    if tensor.appended:
+        return "grown"
+    if plan.merge is not None and tensor.merge is not None and tensor.merge.method == plan.merge.method:
+        return "merged"
+    return "copied" if tensor.is_copy else "converted"
 
 
 def _merge(merge: Merging) -> dict[str, Any]:

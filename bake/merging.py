@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bake.api import PathLike, Result, Verification, run_plan
+from bake.api import PathLike, Result, Verification, plan_recipe, run_plan
 from bake.execute.task import DEFAULT_MEMORY
-from bake.plan.merge import MergeRecipe
-from bake.plan.merge import build_merge_plan as plan_recipe
 from bake.plan.model import Plan
+from bake.plan.recipe import MergeChoice, Recipe
 from bake.plan.selection import Setting
 from bake.progress import Progress
 
@@ -40,15 +39,18 @@ def build_merge_plan(
     that draw by chance.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
+    merged = MergeChoice(
+        method=method,
+        models=tuple(Path(model) for model in models),
+        base=None if base is None else Path(base),
+        parameters=dict(parameters or {}),
+        only=tuple(only),
+        allow_missing=allow_missing,
+    )
     return plan_recipe(
-        MergeRecipe(
-            method=method,
-            models=tuple(Path(model) for model in models),
-            base=None if base is None else Path(base),
-            parameters=dict(parameters or {}),
+        Recipe(
+            base=merged,
             dtype=dtype if isinstance(dtype, str) else dict(dtype),
-            only=tuple(only),
-            allow_missing=allow_missing,
             metadata=dict(metadata or {}),
             record=record,
             rounding=rounding,

@@ -9,13 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bake.api import PathLike, Result, check_output_path, output_bytes, run_plan
-from bake.errors import BakeError, NoSpace, Unsupported, UsageError
+from bake.api import PathLike, Result, check_output_path, output_bytes, plan_recipe, run_plan
+from bake.errors import BakeError, NoSpace, UsageError
 from bake.interrupts import due
 from bake.io.files import inputs_only
 from bake.keys.nearest import nearest_names
-from bake.plan.build import build_plan as plan_recipe
-from bake.plan.merge import MergeRecipe, build_merge_plan
 from bake.plan.model import Plan
 from bake.plan.recipe import MergeChoice, Recipe
 from bake.progress import Progress
@@ -133,33 +131,9 @@ def inputs_of(recipe: Recipe) -> Iterator[Path]:
 def plan_bake(bake: Bake) -> Plan:
     """The plan of one bake. Raises every BakeError that the run could raise before it computes, with its place."""
     try:
-        with inputs_only():
-            return _planned(bake.recipe)
+        return plan_recipe(bake.recipe)
     except BakeError as error:
         raise bake.placed(error) from None
-
-
-def _planned(recipe: Recipe) -> Plan:
-    merge = recipe.base
-    if not isinstance(merge, MergeChoice):
-        return plan_recipe(recipe)
-    if recipe.adapters or recipe.replaced or recipe.also:
-        raise Unsupported("a merge with anything else in one bake is not done by this version; merge first")
-    return build_merge_plan(
-        MergeRecipe(
-            method=merge.method,
-            models=merge.models,
-            base=merge.base,
-            parameters=merge.parameters,
-            dtype=recipe.dtype,
-            only=merge.only,
-            allow_missing=merge.allow_missing,
-            metadata=recipe.metadata,
-            record=recipe.record,
-            rounding=recipe.rounding,
-            seed=recipe.seed,
-        )
-    )
 
 
 def plan_bakes(bakes: Sequence[Bake], options: Mapping[str, Any], keep_going: bool = False) -> Iterator[Outcome]:

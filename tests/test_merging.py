@@ -321,9 +321,9 @@ def test_the_recipe_replays(sd1, tmp_path: Path) -> None:
     report = check_output(out, search=[sd1[0].parent], full=True)
     assert report.ok
     assert report.elements > 10_000
-    recipe = json.loads(metadata(out)["bake.recipe"])
-    assert recipe["method"] == "weighted_sum"
-    assert [model["files"][0]["sha256"] for model in recipe["models"]] == [sha(path) for path in sd1]
+    merged = json.loads(metadata(out)["bake.recipe"])["merge"]
+    assert merged["method"] == "weighted_sum"
+    assert [model["files"][0]["sha256"] for model in merged["models"]] == [sha(path) for path in sd1]
     done = bake("verify", out, "--search", sd1[0].parent, "--json")
     assert done.code == 0, done.err
 

@@ -133,12 +133,14 @@ class Output:
                 self.line("wrong", finding)
 
     def _describe(self, plan: Plan, output: Path | None) -> None:
-        if plan.merge is not None:
-            self._describe_merge(plan, plan.merge)
-            return
         variant = f" {plan.variant}" if plan.variant else ""
-        count = sum(len(file.tensors) for file in plan.files)
-        self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {plan.layout} layout, {count} tensors")
+        if plan.merge is not None:
+            self._describe_merge(plan.merge, f"{title(plan.family)}{variant}")
+        else:
+            count = sum(len(file.tensors) for file in plan.files)
+            self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {plan.layout} layout, {count} tensors")
+        for replaced in plan.replaced:
+            self.line(replaced.component, f"taken from {replaced.path.name}")
         for use in plan.adapters:
             chosen = [f"{name} {value:g}" for name, value in (("te", use.te), ("unet", use.unet)) if value is not None]
             weights = ", ".join(chosen if use.selection is None else [*chosen, str(use.selection)])
@@ -151,7 +153,10 @@ class Output:
         covered = ", ".join(
             f"{_component_label(name, plan)} {part.matched}/{part.total}" for name, part in plan.components.items()
         )
-        self.line("matched", covered or "nothing to fuse")
+        if plan.merge is not None and not plan.adapters:
+            self.line("merged", covered)
+        elif not plan.replaced or plan.adapters:
+            self.line("matched", covered or "nothing to fuse")
         for entry in plan.skipped:
             self.line("skipped", f"{entry.modules} modules of {entry.component} ({entry.adapter}): {entry.reason}")
         for missing in plan.unmatched[:_MOST_LINES]:
@@ -164,20 +169,14 @@ class Output:
         for note in plan.notes:
             self.line("note", note)
 
-    def _describe_merge(self, plan: Plan, merge: Merging) -> None:
-        method, variant = METHODS[merge.method], f" {plan.variant}" if plan.variant else ""
+    def _describe_merge(self, merge: Merging, family: str) -> None:
+        method = METHODS[merge.method]
         self.line("method", f"{method.name}: {method.meaning}")
-        self.line("family", f"{title(plan.family)}{variant}")
+        self.line("family", family)
         for model in merge.models:
             self.line(model.role, f"{model.path.name}, {model.layout} layout")
         for name, setting in merge.parameters.items():
             self.line(name, _setting(setting))
-        covered = ", ".join(
-            f"{_component_label(name, plan)} {part.matched}/{part.total}" for name, part in plan.components.items()
-        )
-        self.line("merged", covered)
-        for note in plan.notes:
-            self.line("note", note)
 
     def show_methods(self, name: str | None) -> None:
         """The merge methods, or what one of them takes."""
@@ -251,11 +250,9 @@ def _setting(setting: Any) -> str:
 
 def _tensor_counts(plan: Plan) -> str:
     counts = tensor_counts(plan)
-    if plan.merge is not None:
-        between = f"{counts['converted']} converted, " if counts["converted"] else ""
-        return f"{counts['merged']} tensors merged, {between}{counts['copied']} copied unchanged"
-    between = "".join(f"{counts[how]} {how}, " for how in ("grown", "converted") if counts[how])
-    return f"{counts['fused']} tensors fused, {between}{counts['copied']} copied unchanged"
+    main = "merged" if plan.merge is not None and not plan.adapters else "fused"
+    others = [f"{count} {how}" for how, count in counts.items() if count and how not in (main, "copied")]
+    return ", ".join([f"{counts[main]} tensors {main}", *others, f"{counts['copied']} copied unchanged"])
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,9 +18,12 @@ from bake.execute.device import Desk, Device
 from bake.execute.rounding import Rounding, has_nonfinite, put, settle_wide, take
 from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.fileset import FileSet
-from bake.io.payload import read_padded, read_rows, read_tensor
+from bake.io.payload import read_padded, read_rows, read_tensor, torch_dtype
 from bake.keys.factors import as_matrix
 from bake.plan.model import Stored, TensorPlan
+
+# Rows of a tensor -> their values in float64, on the device, in memory of their own.
+Rows: TypeAlias = Callable[[range], Tensor]
 
 
 class Work(ABC):
@@ -27,19 +31,23 @@ class Work(ABC):
 
     has_free_grid = False  # any chunks give the same bytes; else they follow from the tensor's shape alone
 
-    def __init__(self, plan: TensorPlan, files: FileSet, device: Device, rounding: Rounding) -> None:
+    def __init__(
+        self, plan: TensorPlan, files: FileSet, device: Device, rounding: Rounding, merged: Rows | None = None
+    ) -> None:
+        """merged: the base's values, where they are made of several models' and stored nowhere."""
         self.plan = plan
         self.device = device
         self._files = files
         self._rounding = rounding
+        self._merged = merged
         self._scale = None if plan.scale is None else self.load(plan.scale, torch.float64).reshape(-1, 1)
 
     def fuse(self, raw: Tensor, out: Tensor, chunk: Chunk, desk: Desk) -> Survival:
         """Write the finished chunk into `out` and return what survived of the update.
 
-        raw: the base's values, (rows, columns) in the stored dtype. out: likewise in the output dtype. Both are
-        on the device; the desk is the calling worker's. Raises NonFinite if the result is not finite or
-        overflows the output dtype.
+        raw: the base's values, (rows, columns) in the stored dtype, merged ones in float64. out: likewise in the
+        output dtype. Both are on the device; the desk is the calling worker's. Raises NonFinite if the result is not
+        finite or overflows the output dtype.
         """
         if raw.numel() == 0:
             return NOTHING
@@ -89,6 +97,16 @@ class Work(ABC):
             return raw
         scale = self._scale[rows.start : rows.stop] if len(self._scale) > 1 else self._scale
         return widened(raw) * scale
+
+    def base(self, rows: range) -> Tensor:
+        """The base's values of any rows of the tensor, in the stored dtype, or float64 as `opened` and merges have."""
+        if self._merged is not None:
+            return self._merged(rows)
+        source, columns = self.plan.source, as_matrix(self.plan.view)[1]
+        tag, dtype = source.dtype, torch_dtype(source.dtype)
+        with self._files.using(source.input) as file:
+            stored = read_padded(file, source.span[0], tag, self.plan.source_size, columns, rows, dtype)
+        return self.opened(self.device.upload(stored), rows)
 
     def interval(self, raw: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         """(the new values, float32 bounds on what they are away from the defined ones, in units of SPREAD).
@@ -141,6 +159,10 @@ class Work(ABC):
         """Raise the NonFinite that says whose fault a result is that the output dtype cannot hold."""
         name, target = self.plan.name, DTYPES[self.plan.dtype]
         if not bool(torch.isfinite(widened(raw)).all()):
+            if self._merged is not None:
+                raise NonFinite(
+                    f"{name}: the merged values are not finite: the parameters are far too large", tensor=name
+                )
             holder = "the adapter's tensor for it" if self.plan.replaced else "the base"
             can_stay = not (self.plan.replaced or self.plan.keeps_nonfinite)
             advice = ". --allow-nonfinite-base leaves such elements as they are" if can_stay else ""
@@ -149,9 +171,10 @@ class Work(ABC):
             )
         values = self._values(raw, chunk)
         if bool(torch.isfinite(values).all()):
+            advice = "Lower the weight" if self.plan.terms else "Choose other parameters"
             raise NonFinite(
                 f"{name}: the result reaches {float(values.abs().max()):.6g}, {self.plan.dtype} ends at "
-                f"{target.largest:g}. Lower the weight, or write a wider dtype (--dtype bf16 or fp32).",
+                f"{target.largest:g}. {advice}, or write a wider dtype (--dtype bf16 or fp32).",
                 tensor=name,
             )
         raise NonFinite(
@@ -203,8 +226,10 @@ class Converted(Work):
 class Chained(Work):
     """Terms that transform the weight, or whose updates are no thin products: in float64, one after the other."""
 
-    def __init__(self, plan: TensorPlan, files: FileSet, device: Device, rounding: Rounding) -> None:
-        super().__init__(plan, files, device, rounding)
+    def __init__(
+        self, plan: TensorPlan, files: FileSet, device: Device, rounding: Rounding, merged: Rows | None = None
+    ) -> None:
+        super().__init__(plan, files, device, rounding, merged)
         try:
             self._chain = Chain(plan.view, plan.terms, self)
         except ValueError as error:
@@ -226,11 +251,7 @@ class Chained(Work):
         def base(rows: range) -> Tensor:
             if rows.start >= mine.start and rows.stop <= mine.stop:
                 return widened(raw[rows.start - mine.start : rows.stop - mine.start])
-            stored = self.plan.source
-            with self._files.using(stored.input) as file:
-                size, columns = self.plan.source_size, chunk.columns
-                found = read_padded(file, stored.span[0], stored.dtype, size, columns, rows, torch.float64)
-            return self.opened(self.device.upload(found), rows)
+            return widened(self.base(rows))
 
         return self._chain.rows(mine, base)
 

@@ -14,7 +14,7 @@ from bake.io.files import COPY_PIECE, copy_range, open_for_writing, write_at
 from bake.io.fileset import Expected, FileSet
 from bake.io.journal import NoJournal, Span
 from bake.io.tensorfile import TensorFile
-from bake.plan.model import FilePlan, Plan
+from bake.plan.model import FilePlan, Plan, TensorPlan
 from bake.progress import Progress
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Execution:
         self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
         self._plain: PlainRun | None = None
         self._merge: MergeRun | None = None
-        if self._computes and plan.merge is not None:
+        if any(tensor.merge is not None for _, tensor in plan.tensors()):
             with without_collecting():
                 from bake.execute.merging.pipeline import MergeRun  # brings torch
 
@@ -76,15 +76,17 @@ class Execution:
         clamped: dict[str, dict[str, int]] = {}
         try:
             if self._merge is not None:
-                clamped = self._merge.join()
+                found, clamped = self._merge.join()
+                left = {(file.relative, each.name) for file, each in task.plan.tensors() if _is_fused(each)}
             elif self._plain is not None:
                 found, left = self._plain.join()
-            if self._merge is None and self._computes and (left is None or left):
+            if self._computes and (left is None or left):
                 with without_collecting():
                     from bake.execute.pipeline import Pipeline  # brings torch
 
-                more, clamped = Pipeline(task, left).run()
+                more, also = Pipeline(task, left).run()
                 found += more
+                clamped = {name: {**clamped.get(name, {}), **also.get(name, {})} for name in clamped | also}
         except BaseException as error:
             task.team.stop(error)
             self.stop()
@@ -106,6 +108,11 @@ class Execution:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _is_fused(tensor: TensorPlan) -> bool:
+    """True if a tensor is computed from one that is stored."""
+    return tensor.is_computed and tensor.merge is None
 
 
 def _shares(found: list[tuple[str, Survival]], by_chance: bool) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from bake.errors import UsageError
-from bake.execute.compute import Chained, Converted, Work
+from bake.execute.compute import Chained, Converted, Rows, Work
 from bake.execute.device import Device, choose_devices
 from bake.execute.output import Output
 from bake.execute.parts import Part, parts_of
@@ -69,16 +69,17 @@ class _Shared:
                 self._works.clear()
 
 
-def work_on(tensor: TensorPlan, files: FileSet, device: Device, rounding: Rounding) -> Work:
+def work_on(tensor: TensorPlan, files: FileSet, device: Device, rounding: Rounding, merged: Rows | None = None) -> Work:
     """What is to be done to `tensor`, with its factors loaded, ready for any chunk of it.
 
+    merged: the base's values, where they are merged first.
     Raises InputError if the factors of a term contradict each other.
     """
     is_plain_sum = all(is_plain(term.algorithm, term.factors) for term in tensor.terms)
     if not device.has_float64 and (tensor.scale is not None or tensor.is_rescaled or not is_plain_sum):
         device = Device("cpu")
     kind = (Sum if is_plain_sum else Chained) if tensor.terms else Converted
-    work = kind(tensor, files, device, rounding)
+    work = kind(tensor, files, device, rounding, merged)
     return work if tensor.rescaled is None else Rescaled(work, tensor.rescaled, files, rounding)
 
 

@@ -16,9 +16,9 @@ from bake.execute.device import Desk
 from bake.execute.rounding import SPREAD, UNIT, Nearest, Rounding, differing, put, settle, settle_wide
 from bake.execute.survival import Survival, sampled
 from bake.io.fileset import FileSet
-from bake.io.payload import as_bytes, read_padded, torch_dtype
+from bake.io.payload import as_bytes
 from bake.keys.factors import as_matrix
-from bake.plan.model import Rescaling, TensorPlan
+from bake.plan.model import Rescaling
 
 _MARGIN = 1 + 2.0**-10  # for the rounding of a bound that is divided by a scale in float32
 
@@ -47,7 +47,7 @@ class Rescaled(Work):
         step = chunk_height(width)
         for first in range(0, height, step):
             chunk = Chunk(first, min(height, first + step), width)
-            raw = self._base(plan, chunk)
+            raw = self._inner.base(range(chunk.first, chunk.last))
             values, slack = self._inner.interval(raw, chunk)
             if not bool(torch.isfinite(values).all()):
                 self._inner.refuse(raw, chunk)
@@ -55,13 +55,6 @@ class Rescaled(Work):
         if self._by_row:
             return torch.cat(found)
         return torch.stack(found).amax(0) if found else torch.zeros(1, 1, dtype=torch.float64)
-
-    def _base(self, plan: TensorPlan, chunk: Chunk) -> Tensor:
-        source, rows = plan.source, range(chunk.first, chunk.last)
-        tag, dtype = source.dtype, torch_dtype(source.dtype)
-        with self._files.using(source.input) as file:
-            stored = read_padded(file, source.span[0], tag, plan.source_size, chunk.columns, rows, dtype)
-        return self.opened(self.device.upload(stored), rows)
 
     def _peaks(self, values: Tensor, slack: Tensor | None, raw: Tensor, chunk: Chunk) -> Tensor:
         """The same for one chunk. Where values are known with a bound, those that may be the largest are computed."""

@@ -28,7 +28,7 @@ from bake.adapters import LOW_RANK
 from bake.adapters.chain import pair
 from bake.dtypes import DTYPES
 from bake.execute.chunk import Chunk
-from bake.execute.compute import Work, lost
+from bake.execute.compute import Rows, Work, lost
 from bake.execute.device import Desk, Device
 from bake.execute.halves import sum_by_halves
 from bake.execute.rounding import SPREAD, UNIT, Rounding, differing, has_nonfinite, put, settle, take
@@ -52,9 +52,11 @@ _GATHERED = 128 * 1024  # products that are summed by halves at a time
 class Sum(Work):
     """W plus everything that is added to it."""
 
-    def __init__(self, plan: TensorPlan, files: FileSet, device: Device, rounding: Rounding) -> None:
+    def __init__(
+        self, plan: TensorPlan, files: FileSet, device: Device, rounding: Rounding, merged: Rows | None = None
+    ) -> None:
         """Load the low-rank factors of `plan`; stored differences are read chunk by chunk."""
-        super().__init__(plan, files, device, rounding)
+        super().__init__(plan, files, device, rounding, merged)
         self.exact = device.torch if device.has_float64 else torch.device("cpu")
         self._steps: list[_Products | _Difference] = []
         for region, group in itertools.groupby(plan.terms, key=_region):
@@ -68,6 +70,7 @@ class Sum(Work):
             DTYPES[plan.dtype].bits > 16
             or plan.source.dtype == "F64"
             or plan.scale is not None  # the base's values are exact in float64 alone
+            or merged is not None
             or any(isinstance(step, _Difference) for step in self._steps)
         )
         self.has_free_grid = DTYPES[plan.dtype].bits <= 16

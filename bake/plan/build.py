@@ -7,25 +7,27 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 from bake.errors import UsageError
 from bake.garbage import without_collecting
 from bake.identify.adapter import Adapter, identify_adapter
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.identify.scaled import scaled_layers
-from bake.io.adapter import AdapterFile, content_key, open_adapter
+from bake.io.adapter import content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
-from bake.io.tensorfile import TensorFile
+from bake.plan.arranged import Arranged
 from bake.plan.base import check_family
 from bake.plan.casts import Casting, check_casts
 from bake.plan.embeddings import embedding_notes, plan_embeddings
 from bake.plan.files import plan_files, plan_side_files
 from bake.plan.heads import base_of, settle_heads
+from bake.plan.inputs import input_of, inputs_of
 from bake.plan.match import AdapterMatcher, Matching
+from bake.plan.merge import merge_models
 from bake.plan.model import AdapterUse, Input, Plan
-from bake.plan.recipe import AdapterChoice, Recipe, is_text_encoder
-from bake.plan.refuse import refuse_packed, refuse_quantised, refuse_unmatched
+from bake.plan.recipe import AdapterChoice, MergeChoice, Recipe
+from bake.plan.refuse import check_only, refuse_packed, refuse_quantised, refuse_unmatched
+from bake.plan.replacing import replace_components
 
 _EMA = "model_ema."  # where training code keeps averaged weights
 
@@ -55,35 +57,37 @@ def build_plan(recipe: Recipe) -> Plan:
     """
     with ExitStack() as opened:
         opened.enter_context(without_collecting())
-        checkpoint = open_checkpoint(recipe.base, recipe.also)
-        opened.callback(checkpoint.close)
-        identity = identify_checkpoint(checkpoint)
+        base = _arrange(recipe, opened)
+        checkpoint, identity = base.checkpoint, base.identity
         _check_recipe(recipe, identity)
         check_casts(recipe, identity.components)
         uses = _open_adapters(recipe, identity, opened)
-        inputs, adapters = _list_inputs(checkpoint, uses)
-        scaled = scaled_layers(checkpoint)
+        inputs, adapters = _list_inputs(base.inputs, uses)
         if uses or recipe.converts:
-            refuse_quantised(recipe.base, checkpoint, scaled)
-        matching = _match(recipe, checkpoint, identity, uses, adapters, scaled.beside)
+            refuse_quantised(checkpoint.root, checkpoint, base.scaled)
+        matching = _match(recipe, checkpoint, identity, uses, adapters, base.scaled.beside)
         identified = [(described, use.adapter) for described, use in zip(adapters, uses, strict=True)]
         embeddings, growth = plan_embeddings(recipe, checkpoint, identity, identified)
-        casting = Casting(recipe, identity.components, scaled, matching, growth)
-        files = plan_files(recipe, checkpoint, identity, matching, growth, casting)
+        casting = Casting(recipe, identity.components, base.scaled, matching, growth)
+        files = plan_files(recipe, base, matching, growth, casting)
         return Plan(
             family=identity.family,
             layout=identity.layout,
             variant=identity.variant,
             packaging=checkpoint.packaging,
-            base=recipe.base,
+            base=checkpoint.root,
             inputs=inputs,
             files=files,
             side_files=plan_side_files(recipe, checkpoint, identity, growth, matching, files),
             adapters=adapters,
-            components=matching.coverage(identity),
+            components=matching.coverage(identity) if recipe.adapters else dict(base.merged),
             unmatched=tuple(matching.unmatched),
             skipped=tuple(matching.skipped),
-            notes=(*_notes(recipe, checkpoint, uses, matching), *embedding_notes(recipe, adapters, embeddings)),
+            notes=(
+                *base.notes,
+                *_notes(recipe, checkpoint, uses, matching),
+                *embedding_notes(recipe, adapters, embeddings),
+            ),
             settings={
                 "dtype": recipe.plain_dtype,
                 "only": list(recipe.only),
@@ -97,14 +101,27 @@ def build_plan(recipe: Recipe) -> Plan:
             embeddings=embeddings,
             rounding=recipe.rounding,
             seed=recipe.seed,
+            merge=base.merging,
+            replaced=base.replaced,
         )
 
 
+def _arrange(recipe: Recipe, opened: ExitStack) -> Arranged:
+    """The base that adapters are fused into."""
+    if isinstance(recipe.base, MergeChoice):
+        if recipe.rounding == "fast":
+            raise UsageError("--rounding fast: merges have nearest and stochastic")
+        base = merge_models(recipe.base, recipe.replaced.keys(), opened)
+    else:
+        checkpoint = open_checkpoint(recipe.base, recipe.also)
+        opened.callback(checkpoint.close)
+        inputs = tuple(input_of(part.file, "base") for part in checkpoint.files)
+        base = Arranged(checkpoint, identify_checkpoint(checkpoint), scaled_layers(checkpoint), inputs)
+    return replace_components(base, recipe.replaced, opened)
+
+
 def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:
-    present = [component.name for component in identity.components]
-    for name in recipe.only:
-        if name not in present and not (name == "te" and any(map(is_text_encoder, present))):
-            raise UsageError(f"--only {name}: the base has no such component; it has {', '.join(present)}")
+    check_only(recipe.only, identity, "the base")
     for key, text in recipe.metadata.items():
         if not _is_unicode(key + text):
             raise UsageError(f"--metadata {key!r}: {text!r} is no Unicode text, which is all that a header can hold")
@@ -141,9 +158,9 @@ def _open_adapters(recipe: Recipe, identity: BaseIdentity, opened: ExitStack) ->
     return uses if any(use.adapter.transforms for use in uses) else sorted(uses, key=lambda use: use.order)
 
 
-def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[Input, ...], tuple[AdapterUse, ...]]:
+def _list_inputs(base: Sequence[Input], uses: Sequence[_Use]) -> tuple[tuple[Input, ...], tuple[AdapterUse, ...]]:
     """Every file that is read, the base's first, and the adapters with their places among them."""
-    inputs = [input_of(part.file, "base") for part in checkpoint.files]
+    inputs = list(base)
     adapters = []
     for use in uses:
         adapter, choice, source = use.adapter, use.choice, use.adapter.source
@@ -168,21 +185,6 @@ def _list_inputs(checkpoint: Checkpoint, uses: Sequence[_Use]) -> tuple[tuple[In
             )
         )
     return tuple(inputs), tuple(adapters)
-
-
-def inputs_of(source: AdapterFile) -> list[Input]:
-    """The files of an adapter as they are now: its weights, and its configuration if it has one."""
-    inputs = [input_of(source.file, "adapter")]
-    if source.config_path is not None:
-        status = source.config_path.stat()
-        known = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-        inputs.append(Input(source.config_path, *known, "config"))
-    return inputs
-
-
-def input_of(file: TensorFile, role: Literal["base", "adapter", "model"]) -> Input:
-    """A file as it is now."""
-    return Input(file.path, file.size, file.modified, file.changed, file.inode, role)
 
 
 def _match(

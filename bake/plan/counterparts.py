@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from bake.dtypes import DTYPES
-from bake.errors import ShapeMismatch, Unsupported
+from bake.errors import FamilyMismatch, ShapeMismatch, Unsupported
 from bake.identify.checkpoint import BaseIdentity
+from bake.identify.families import FAMILIES, title
 from bake.identify.tied import Tie
 from bake.io.checkpoint import Checkpoint, CheckpointFile
 from bake.io.header import TensorInfo
@@ -107,6 +108,18 @@ class Opened:
         """(dtype, bytes) of a small tensor."""
         _, part = self._files[full]
         return self.base.tensors[full].dtype, read_tensor_bytes(part.file, full.removeprefix(part.group))
+
+
+def check_alike(first: Opened, other: Opened) -> None:
+    """Raise FamilyMismatch if both models are known and of different families."""
+    one, two = first.identity, other.identity
+    is_known = all(each.family in FAMILIES or each.language_model for each in (one, two))
+    if is_known and one.family != two.family and "language-model" not in (one.family, two.family):
+        raise FamilyMismatch(
+            f"{first.name} is {title(one.family)}, {other.name} is {title(two.family)}: only models of one family can "
+            f"be merged.",
+            families=[one.family, two.family],
+        )
 
 
 class Counterparts:

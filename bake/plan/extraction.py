@@ -21,7 +21,7 @@ from bake.keys.modules import ModuleIndex
 from bake.keys.places import Place
 from bake.keys.spoken import NAMES, Names, is_layer, prefix_of, spelled, spoken_modules, usual_names
 from bake.plan.adapter import Ranks
-from bake.plan.build import input_of
+from bake.plan.inputs import input_of
 from bake.plan.model import Input, Stored
 from bake.plan.recipe import is_text_encoder
 

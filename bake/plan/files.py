@@ -10,32 +10,31 @@ from typing import Any
 from bake.identify.checkpoint import BaseIdentity
 from bake.io.checkpoint import Checkpoint, CheckpointFile, ShardIndex
 from bake.io.header import TensorInfo, lay_out
+from bake.plan.arranged import Arranged
 from bake.plan.casts import Casting, config_dtype
 from bake.plan.match import Matching
-from bake.plan.model import FilePlan, SideFile, Stored, TensorPlan
+from bake.plan.model import FilePlan, MergeStep, SideFile, Stored, TensorPlan
 from bake.plan.recipe import Recipe
 from bake.plan.record import carried_metadata, history_of
 from bake.plan.tokens import Growth
 
 
 def plan_files(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    identity: BaseIdentity,
-    matching: Matching,
-    growth: Growth,
-    casting: Casting,
+    recipe: Recipe, base: Arranged, matching: Matching, growth: Growth, casting: Casting
 ) -> tuple[FilePlan, ...]:
     """One output file for each file of the base, with the same tensors in the same order where it aligns."""
+    checkpoint = base.checkpoint
     planned = [
-        _plan_tensors(recipe, place, part, matching, growth, casting) for place, part in enumerate(checkpoint.files)
+        _plan_tensors(recipe, base, place, part, matching, growth, casting)
+        for place, part in enumerate(checkpoint.files)
     ]
     # A folder carries the record of its inputs once: in the first file that was changed.
-    recorded = next((place for place, tensors in enumerate(planned) if any(t.terms or t.appended for t in tensors)), 0)
+    changed = [any(each.terms or each.appended or each.merge for each in tensors) for tensors in planned]
+    recorded = changed.index(True) if any(changed) else 0
     return tuple(
         FilePlan(
             relative="" if checkpoint.packaging == "file" else part.relative,
-            metadata=carried_metadata(casting.metadata(part), identity, recipe.metadata),
+            metadata=carried_metadata(casting.metadata(part), base.identity, recipe.metadata),
             is_recorded=place == recorded,
             history=history_of(part.file.metadata) if recipe.record and place == recorded else {},
             tensors=tensors,
@@ -45,7 +44,13 @@ def plan_files(
 
 
 def _plan_tensors(
-    recipe: Recipe, place: int, part: CheckpointFile, matching: Matching, growth: Growth, casting: Casting
+    recipe: Recipe,
+    base: Arranged,
+    place: int,
+    part: CheckpointFile,
+    matching: Matching,
+    growth: Growth,
+    casting: Casting,
 ) -> tuple[TensorPlan, ...]:
     stored = part.file.tensors
     # What is added lies in the file of the tensor whose like it is.
@@ -60,7 +65,12 @@ def _plan_tensors(
     for name in casting.dropped(part) - beside.keys():
         del likes[name]
     likes |= {name: each.like.removeprefix(part.group) for name, each in beside.items()}
-    sources = {name: _source(place, part.group + name, like, stored[like], matching) for name, like in likes.items()}
+    origins = {
+        name: matching.replaced.get(part.group + name) or base.origin(part.group + like, place, like, stored[like])
+        for name, like in likes.items()
+    }
+    own = {name: _own(place, like, stored[like]) for name, like in likes.items()}
+    sources = {name: own[name] if isinstance(origin, MergeStep) else origin for name, origin in origins.items()}
     placed = lay_out(
         (name, beside[name].dtype, beside[name].shape)
         if name in beside
@@ -85,9 +95,11 @@ def _plan_tensors(
         if name in beside:
             tensors.append(TensorPlan(**where, scale_of=beside[name].scale_of, content=beside[name].content))
             continue
+        origin = origins[name]
         tensors.append(
             TensorPlan(
                 **where,
+                merge=origin if isinstance(origin, MergeStep) else None,
                 terms=tuple(matching.terms.get(full, ())),
                 appended=growth.rows.get(full, ()),
                 replaced=full in matching.replaced,
@@ -100,9 +112,9 @@ def _plan_tensors(
     return tuple(tensors)
 
 
-def _source(place: int, full: str, like: str, info: TensorInfo, matching: Matching) -> Stored:
-    """Where the values come from that the terms are applied to: the base, or what an adapter stores instead."""
-    return matching.replaced.get(full) or Stored(place, like, info.dtype, info.shape, (info.begin, info.end))
+def _own(place: int, name: str, info: TensorInfo) -> Stored:
+    """The tensor as the base has it."""
+    return Stored(place, name, info.dtype, info.shape, (info.begin, info.end))
 
 
 def _shape(full: str, info: TensorInfo, source: Stored, growth: Growth, matching: Matching) -> tuple[int, ...]:

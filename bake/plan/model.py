@@ -28,7 +28,7 @@ class Input:
     modified: int  # nanoseconds
     changed: int  # nanoseconds, of what the system knows of the file
     inode: int
-    role: Literal["base", "adapter", "config", "model"]
+    role: Literal["base", "adapter", "config", "model", "component"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +78,11 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class MergeStep:
-    """How a tensor is made of those of several models."""
+    """How a tensor is made of those of several models, or of one that stores it otherwise."""
 
     method: str  # a row of bake.merges.METHODS
     name: str  # what random draws go by: the full tensor name
-    models: tuple[int, ...]  # places in Merging.models, in the order in which they are merged
+    models: tuple[int, ...]  # places in Merging.models, in the order in which they are merged; 0 is the first
     shares: tuple[Share, ...]  # one for each of them
     roles: tuple[str, ...]  # likewise
     values: dict[str, Any]  # parameter -> number, switch or word
@@ -121,7 +121,7 @@ class TensorPlan:
     scale_of: str | None = None  # this is the new scale of that tensor, and is known when that one is
     content: str | None = None  # the bytes themselves, as UTF-8 text; the source only says where they belong
     keeps_nonfinite: bool = False  # elements of the source that are NaN or infinite stay as they are
-    merge: MergeStep | None = None  # then the source is only the tensor whose place this takes
+    merge: MergeStep | None = None  # makes the base's values; the source is only the tensor whose place they take
 
     @property
     def is_rescaled(self) -> bool:
@@ -240,6 +240,18 @@ class Merging:
     method: str  # a row of bake.merges.METHODS
     models: tuple[ModelUse, ...]
     parameters: dict[str, Any]  # as given, see bake.plan.parameters
+    only: tuple[str, ...]  # components; none: all
+    allow_missing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A component that is another checkpoint's."""
+
+    component: str
+    path: Path
+    inputs: tuple[int, int]  # its files: [first, past the last) place in Plan.inputs
+    packaging: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,13 +304,19 @@ class Plan:
     embeddings: tuple[EmbeddingPlan, ...] = ()
     rounding: str = "nearest"  # one of bake.plan.recipe.ROUNDINGS
     seed: int = 0  # of stochastic rounding, and of merges by chance
-    merge: Merging | None = None  # models are merged; None: adapters are fused
+    merge: Merging | None = None  # the base is made of several models
+    replaced: tuple[Replacement, ...] = ()
     schema: int = SCHEMA
 
     def tensors(self) -> Iterator[tuple[FilePlan, TensorPlan]]:
         for file in self.files:
             for tensor in file.tensors:
                 yield file, tensor
+
+    def owner_of(self, place: int) -> Path:
+        """The checkpoint, as it was named, that an input belongs to; place: among the inputs."""
+        several: list[ModelUse | Replacement] = [*(self.merge.models if self.merge else ()), *self.replaced]
+        return next((each.path for each in several if place in range(*each.inputs)), self.base)
 
     @property
     def data_bytes(self) -> int:

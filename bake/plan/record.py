@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bake.identify.checkpoint import BaseIdentity
@@ -59,43 +60,42 @@ def file_metadata(plan: Plan, file: FilePlan, digests: Sequence[Digest] | None, 
     if not (plan.record and file.is_recorded):
         return dict(file.metadata)
     known = digests if digests is not None else [Digest(f"{place:064}", "0" * 8) for place in range(len(plan.inputs))]
-    if plan.merge is None:
-        recorded = {RECIPE_KEY: _dump(recipe_record(plan, known, version, file.history))}
-    else:
-        recorded = {RECIPE_KEY: _dump(merge_record(plan, plan.merge, known, version))}
+    recorded = {RECIPE_KEY: _dump(recipe_record(plan, known, version, file.history))}
     family = FAMILIES.get(plan.family)
     if family is not None and family.image:
-        if plan.merge is None:
-            recorded |= _for_web_uis(plan, known, file.history)
-        else:
-            recorded |= _merge_for_web_uis(plan.merge, known)
+        recorded |= _for_web_uis(plan, known, file.history)
     # A file's name may be bytes that are no Unicode, which a header cannot hold.
     recorded = {key: text.encode("utf-8", "replace").decode("utf-8") for key, text in recorded.items()}
     return recorded | dict(file.metadata)  # what the user gave with --metadata has the last word
 
 
 def recipe_record(plan: Plan, digests: Sequence[Digest], version: str, history: Mapping[str, str]) -> dict[str, Any]:
-    """bake's own record: inputs by name, size and SHA-256, weights and settings; enough for a replay."""
+    """bake's own record: inputs by name, size and SHA-256, weights and settings; enough for a replay.
 
-    def described(place: int, name: str = "") -> dict[str, Any]:
-        source = plan.inputs[place]
-        return {"name": name or source.path.name, "size": source.size, "sha256": digests[place].sha256}
-
-    # The first inputs are the base's files, one for each file of the output.
-    files = [described(place, file.relative) for place, file in enumerate(plan.files)]
-    base: dict[str, Any] = {"name": plan.base.name, "packaging": plan.packaging, "files": files}
-    earlier = _parse(history.get(RECIPE_KEY))
-    if earlier is not None:
-        base["recipe"] = earlier
+    digests: of `plan.inputs`. history: the records of earlier work on the base, if that is one checkpoint.
+    """
+    if plan.merge is None:
+        count = sum(source.role == "base" for source in plan.inputs)
+        base = _checkpoint(plan, plan.base, plan.packaging, (0, count), digests, history)
+    else:
+        base = _merge(plan, plan.merge, digests)
     return {
         "schema": RECIPE_SCHEMA,
         "version": version,
         "family": plan.family,
-        "base": base,
+        ("base" if plan.merge is None else "merge"): base,
+        "replaced": {
+            each.component: _checkpoint(plan, each.path, each.packaging, each.inputs, digests, {})
+            for each in plan.replaced
+        },
         "adapters": [
             {
                 "name": use.name,
-                "files": [described(place) for place in (use.input, use.config) if place is not None],
+                "files": [
+                    _described(plan, place, digests, plan.inputs[place].path.name)
+                    for place in (use.input, use.config)
+                    if place is not None
+                ],
                 **_weights(use),
             }
             for use in plan.adapters
@@ -103,6 +103,47 @@ def recipe_record(plan: Plan, digests: Sequence[Digest], version: str, history: 
         "settings": plan.settings,
         "components": {name: [part.matched, part.total] for name, part in plan.components.items()},
     }
+
+
+def _merge(plan: Plan, merge: Merging, digests: Sequence[Digest]) -> dict[str, Any]:
+    """A merge: its models, in the order in which they were merged, its method and parameters."""
+    return {
+        "method": merge.method,
+        "models": [
+            {
+                "role": model.role,
+                **_checkpoint(plan, model.path, model.packaging, model.inputs, digests, model.history),
+            }
+            for model in merge.models
+        ],
+        "parameters": merge.parameters,
+        "only": list(merge.only),
+        "allow_missing": merge.allow_missing,
+    }
+
+
+def _checkpoint(
+    plan: Plan,
+    root: Path,
+    packaging: str,
+    inputs: tuple[int, int],
+    digests: Sequence[Digest],
+    history: Mapping[str, str],
+) -> dict[str, Any]:
+    """A checkpoint with its files and, if it has one, its own record. inputs: [first, past the last) place of them."""
+    is_folder = packaging in ("sharded", "diffusers")
+    files = []
+    for place in range(*inputs):
+        path = plan.inputs[place].path
+        name = path.relative_to(root).as_posix() if is_folder else path.name
+        files.append(_described(plan, place, digests, name))
+    entry: dict[str, Any] = {"name": root.name, "packaging": packaging, "files": files}
+    earlier = _parse(history.get(RECIPE_KEY))
+    return entry if earlier is None else {**entry, "recipe": earlier}
+
+
+def _described(plan: Plan, place: int, digests: Sequence[Digest], name: str) -> dict[str, Any]:
+    return {"name": name, "size": plan.inputs[place].size, "sha256": digests[place].sha256}
 
 
 def _weights(use: AdapterUse) -> dict[str, Any]:
@@ -115,66 +156,6 @@ def _weights(use: AdapterUse) -> dict[str, Any]:
     return chosen
 
 
-def _for_web_uis(plan: Plan, digests: Sequence[Digest], history: Mapping[str, str]) -> dict[str, str]:
-    """A1111's sd_merge_recipe and sd_merge_models, and ModelSpec's title and merged_from.
-
-    Source: AUTOMATIC1111 modules/extras.py run_modelmerger; later merges there expect
-    sd_merge_models to be an object by full SHA-256.
-    """
-    base, digest = plan.inputs[0].path, digests[0]
-    parents = _parse(history.get("sd_merge_models")) or {}
-    recipe = {
-        "type": "bake",
-        "primary_model_hash": digest.sha256,
-        "secondary_model_hash": None,
-        "tertiary_model_hash": None,
-        "interp_method": "LoRA",
-        "loras": [{"name": use.name, "sha256": digests[use.input].sha256, **_weights(use)} for use in plan.adapters],
-    }
-    models = {
-        **parents,
-        digest.sha256: {
-            "name": base.name,
-            "legacy_hash": digest.legacy,
-            "sd_merge_recipe": _parse(history.get("sd_merge_recipe")),
-        },
-    }
-    named = [f"{_stem(use.name)} ({use.weight:g})" for use in plan.adapters]
-    return {
-        "sd_merge_recipe": _dump(recipe),
-        "sd_merge_models": _dump(models),
-        "modelspec.title": " + ".join([_stem(base.name), *named]),
-        "modelspec.merged_from": ", ".join([_stem(base.name), *(_stem(use.name) for use in plan.adapters)]),
-    }
-
-
-def merge_record(plan: Plan, merge: Merging, digests: Sequence[Digest], version: str) -> dict[str, Any]:
-    """The same for a merge: its models, in the order in which they were merged, its method and parameters."""
-
-    def described(model: ModelUse, place: int) -> dict[str, Any]:
-        source = plan.inputs[place]
-        is_file = source.path == model.path
-        name = source.path.name if is_file else source.path.relative_to(model.path).as_posix()
-        return {"name": name, "size": source.size, "sha256": digests[place].sha256}
-
-    models = []
-    for model in merge.models:
-        files = [described(model, place) for place in range(*model.inputs)]
-        entry = {"name": model.path.name, "role": model.role, "packaging": model.packaging, "files": files}
-        earlier = _parse(model.history.get(RECIPE_KEY))
-        models.append(entry if earlier is None else {**entry, "recipe": earlier})
-    return {
-        "schema": RECIPE_SCHEMA,
-        "version": version,
-        "family": plan.family,
-        "method": merge.method,
-        "models": models,
-        "parameters": merge.parameters,
-        "settings": plan.settings,
-        "components": {name: [part.matched, part.total] for name, part in plan.components.items()},
-    }
-
-
 # What AUTOMATIC1111 calls the methods that it has too; it has no others.
 _INTERPOLATIONS = {
     "weighted_sum": "Weighted sum",
@@ -183,36 +164,59 @@ _INTERPOLATIONS = {
 }
 
 
-def _merge_for_web_uis(merge: Merging, digests: Sequence[Digest]) -> dict[str, str]:
-    """The same keys for a merge, as AUTOMATIC1111 writes them for the first three models; source as above."""
-    used = [(model, digests[model.inputs[0]]) for model in merge.models]
-    primary, secondary, tertiary = ([digest.sha256 for _, digest in used] + [None, None])[:3]
-    recipe = {
+def _for_web_uis(plan: Plan, digests: Sequence[Digest], history: Mapping[str, str]) -> dict[str, str]:
+    """A1111's sd_merge_recipe and sd_merge_models, and ModelSpec's title and merged_from.
+
+    Source: AUTOMATIC1111 modules/extras.py run_modelmerger, for up to three models; later merges there expect
+    sd_merge_models to be an object by full SHA-256.
+    """
+    merge, base = plan.merge, plan.inputs[0].path.name
+    used = [(base, 0, history)] if merge is None else [_used(model) for model in merge.models]
+    primary, secondary, tertiary = ([digests[place].sha256 for _, place, _ in used] + [None, None])[:3]
+    recipe: dict[str, Any] = {
         "type": "bake",
         "primary_model_hash": primary,
         "secondary_model_hash": secondary,
         "tertiary_model_hash": tertiary,
-        "interp_method": _INTERPOLATIONS.get(merge.method, merge.method),
-        "multiplier": merge.parameters.get("alpha"),
-        "models": [{"role": model.role, "sha256": digest.sha256} for model, digest in used],
-        "parameters": merge.parameters,
+        "interp_method": "LoRA" if merge is None else _INTERPOLATIONS.get(merge.method, merge.method),
     }
-    models: dict[str, Any] = {}
-    for model in merge.models:
-        models |= _parse(model.history.get("sd_merge_models")) or {}
-    for model, digest in used:
-        models[digest.sha256] = {
-            "name": model.path.name,
-            "legacy_hash": digest.legacy,
-            "sd_merge_recipe": _parse(model.history.get("sd_merge_recipe")),
+    if merge is not None:
+        models = zip(merge.models, used, strict=True)
+        recipe["multiplier"] = merge.parameters.get("alpha")
+        recipe["models"] = [{"role": model.role, "sha256": digests[place].sha256} for model, (_, place, _) in models]
+        recipe["parameters"] = merge.parameters
+    if plan.replaced:
+        recipe["replaced"] = {
+            each.component: {"name": each.path.name, "sha256": digests[each.inputs[0]].sha256} for each in plan.replaced
         }
-    names = [_stem(model.path.name) for model, _ in used]
+    if plan.adapters or merge is None:
+        recipe["loras"] = [
+            {"name": use.name, "sha256": digests[use.input].sha256, **_weights(use)} for use in plan.adapters
+        ]
+    parents: dict[str, Any] = {}
+    for _, _, records in used:
+        parents |= _parse(records.get("sd_merge_models")) or {}
+    for name, place, records in used:
+        parents[digests[place].sha256] = {
+            "name": name,
+            "legacy_hash": digests[place].legacy,
+            "sd_merge_recipe": _parse(records.get("sd_merge_recipe")),
+        }
+    names = [_stem(name) for name, _, _ in used]
+    loras = [f"{_stem(use.name)} ({use.weight:g})" for use in plan.adapters]
+    title = " + ".join([*names, *loras])
+    others = [*(each.path.name for each in plan.replaced), *(use.name for use in plan.adapters)]
     return {
         "sd_merge_recipe": _dump(recipe),
-        "sd_merge_models": _dump(models),
-        "modelspec.title": f"{merge.method}: {' + '.join(names)}",
-        "modelspec.merged_from": ", ".join(names),
+        "sd_merge_models": _dump(parents),
+        "modelspec.title": title if merge is None else f"{merge.method}: {title}",
+        "modelspec.merged_from": ", ".join([*names, *map(_stem, others)]),
     }
+
+
+def _used(model: ModelUse) -> tuple[str, int, Mapping[str, str]]:
+    """(name, place of its first file among the inputs, its own records)."""
+    return model.path.name, model.inputs[0], model.history
 
 
 def _stem(name: str) -> str:

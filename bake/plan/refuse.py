@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bake.dtypes import DTYPES
-from bake.errors import UnmatchedModules, Unsupported
+from bake.errors import UnmatchedModules, Unsupported, UsageError
 from bake.identify.checkpoint import BaseIdentity
 from bake.identify.scaled import ScaledBase, quantised
 from bake.io.checkpoint import Checkpoint
@@ -16,6 +16,14 @@ from bake.plan.match import Matching
 from bake.plan.recipe import is_text_encoder
 
 _LISTED = 8  # unmatched modules spelled out in the message; all are in its details
+
+
+def check_only(only: Sequence[str], identity: BaseIdentity, owner: str) -> None:
+    """Raise UsageError for components to be worked on that there are none of; owner: whose they would be."""
+    present = [component.name for component in identity.components]
+    for name in only:
+        if name not in present and not (name == "te" and any(map(is_text_encoder, present))):
+            raise UsageError(f"--only {name}: {owner} has no such component; it has {', '.join(present)}")
 
 
 def refuse_quantised(base: Path, checkpoint: Checkpoint, scaled: ScaledBase) -> None:

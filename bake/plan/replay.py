@@ -11,9 +11,8 @@ from bake.errors import InputError, UsageError
 from bake.io.adapter import CONFIG
 from bake.io.digest import digest_file
 from bake.io.jsontext import shortened
-from bake.plan.merge import MergeRecipe
 from bake.plan.parameters import setting_from_json
-from bake.plan.recipe import AdapterChoice, Recipe
+from bake.plan.recipe import AdapterChoice, MergeChoice, Recipe
 from bake.plan.record import RECIPE_SCHEMA
 from bake.plan.selection import Selection
 
@@ -54,7 +53,7 @@ class _Library:
         return self._digests[path] == str(wanted["sha256"])
 
 
-def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: str) -> Recipe | MergeRecipe:
+def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: str) -> Recipe:
     """The recipe that `record` describes, its inputs found below `folders`.
 
     Raises InputError if an input is not there, or the record is not one that bake wrote.
@@ -63,15 +62,18 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
         if record["schema"] != RECIPE_SCHEMA:
             raise InputError(f"{source}: a recipe of schema {record['schema']}, this bake reads {RECIPE_SCHEMA}")
         library = _Library(folders)
-        if "method" in record:
-            return _merge(record, library)
-        base, also = _find_base(record["base"], library)
-        adapters = tuple(_find_adapter(entry, library) for entry in record["adapters"])
+        base: Path | MergeChoice
+        also: tuple[Path, ...] = ()
+        if "merge" in record:
+            base = _find_models(record["merge"], library)
+        else:
+            base, also = _find_base(record["base"], library)
         settings = record["settings"]
         return Recipe(
             base=base,
-            adapters=adapters,
+            adapters=tuple(_find_adapter(entry, library) for entry in record["adapters"]),
             also=also,
+            replaced={str(name): _find_base(entry, library)[0] for name, entry in record["replaced"].items()},
             dtype=_dtype(settings["dtype"]),
             only=tuple(str(name) for name in settings["only"]),
             allow_unmatched=bool(settings["allow_unmatched"]),
@@ -92,22 +94,16 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
         raise InputError(f"{source}: its recipe is malformed: {type(error).__name__} {error}") from None
 
 
-def _merge(record: dict[str, Any], library: _Library) -> MergeRecipe:
-    """The merge that `record` describes."""
-    settings = record["settings"]
-    entries = record["models"]
-    base = next((_find_base(entry, library)[0] for entry in entries if entry["role"] == "base"), None)
-    parameters = {str(name): setting_from_json(setting) for name, setting in record["parameters"].items()}
-    return MergeRecipe(
-        method=str(record["method"]),
-        models=tuple(_find_base(entry, library)[0] for entry in entries if entry["role"] != "base"),
-        base=base,
-        parameters=parameters,
-        dtype=_dtype(settings["dtype"]),
-        only=tuple(str(name) for name in settings["only"]),
-        allow_missing=bool(settings["allow_missing"]),
-        rounding=str(settings["rounding"]),
-        seed=int(settings["seed"]),
+def _find_models(entry: dict[str, Any], library: _Library) -> MergeChoice:
+    """The merge that is recorded as `entry`."""
+    models = entry["models"]
+    return MergeChoice(
+        method=str(entry["method"]),
+        models=tuple(_find_base(model, library)[0] for model in models if model["role"] != "base"),
+        base=next((_find_base(model, library)[0] for model in models if model["role"] == "base"), None),
+        parameters={str(name): setting_from_json(setting) for name, setting in entry["parameters"].items()},
+        only=tuple(str(name) for name in entry["only"]),
+        allow_missing=bool(entry["allow_missing"]),
     )
 
 

@@ -148,7 +148,7 @@ class Size:
 
     def schema(self) -> Schema:
         return {
-            "type": ["string", "integer"],
+            "type": ["string", "number"],
             "pattern": r"^\s*\d+(\.\d+)?\s*[kKmMgGtT]?([iI]?[bB])?\s*$",
             "minimum": 0,
         }

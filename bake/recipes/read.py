@@ -118,6 +118,8 @@ class _Reader:
         base: Path | MergeChoice | None = given.get("base", given.get("merge"))
         if "base" in given and "merge" in given:
             self._refuse("merge", "a bake begins with a base or a merge, not both")
+        if "merge" in given and "also" in given:
+            self._refuse("also", "also is for a split base; a merge takes whole models")
         if base is None:
             self._nodes[0].mark.refuse("a bake needs a base, or a merge of several")
         settings = {field: given[key] for key, field in SETTINGS.items() if key in given}

@@ -59,10 +59,13 @@ def _checked(
     plan: Plan, tensors: list[TensorPlan], full: bool, output: TensorFile, files: FileSet
 ) -> Iterator[tuple[TensorPlan, Report]]:
     """Each computed tensor that is looked at, with what was found."""
-    if plan.merge is not None:
+    merged = [tensor for tensor in tensors if tensor.merge is not None]
+    fused = [tensor for tensor in tensors if tensor.merge is None]
+    if merged:
         from bake.verify.merges import check_merged  # brings torch
 
-        return check_merged(plan, tensors, full, output, files)
-    from bake.verify.numeric import check_tensors  # brings NumPy
+        yield from check_merged(plan, merged, full, output, files)
+    if fused:
+        from bake.verify.numeric import check_tensors  # brings NumPy
 
-    return check_tensors(plan, tensors, full, output, files)
+        yield from check_tensors(plan, fused, full, output, files)

@@ -20,7 +20,7 @@ from bake.keys.factors import as_matrix
 from bake.merges import METHODS
 from bake.merges.merge import Chunk, Job, Merge
 from bake.plan.model import MergeStep, Plan, Share, TensorPlan
-from bake.verify.numeric import rule_of, sampled, sampled_rows
+from bake.verify.numeric import all_rows, check_tensor, rule_of, sampled, sampled_rows
 from bake.verify.report import Report
 from bake.verify.rounding import Doubles, Rule, spacing
 
@@ -32,42 +32,44 @@ def check_merged(
     plan: Plan, tensors: Sequence[TensorPlan], full: bool, output: TensorFile, files: FileSet
 ) -> Iterator[tuple[TensorPlan, Report]]:
     """Each tensor that is looked at, with what was found: all elements of all of them, or some rows of a sample."""
-    chosen = list(tensors) if full else sampled([each for each in tensors if _is_cheap(plan, each)] or list(tensors))
+    chosen = list(tensors) if full else sampled([each for each in tensors if _is_cheap(each)] or list(tensors))
     settled = _settled(plan, files)
     for tensor in chosen:
-        assert tensor.merge is not None
-        merge = settled.get(tensor.merge.name) or _merge(plan, tensor)
+        step = tensor.merge
+        assert step is not None
         try:
-            yield (
-                tensor,
-                _check(tensor, merge, full, output, files, rule_of(plan, tensor), tensor.merge.name in settled),
-            )
+            merge = settled.get(step.name)
+            if merge is None:
+                merge = _merge(plan, tensor)
+                _survey(merge, tensor, step, files)
+            yield tensor, _check(_Merged(tensor, step, merge, files), full, output, files, rule_of(plan, tensor))
         except ValueError as error:
             raise Mismatch(f"{tensor.name}: {error}", tensor=tensor.name) from None
 
 
-def _is_cheap(plan: Plan, tensor: TensorPlan) -> bool:
+def _is_cheap(tensor: TensorPlan) -> bool:
     """True if a few rows can be made without reading very much."""
-    needs_all = plan.merge is not None and METHODS[plan.merge.method].reach not in ("element", "row")
-    return not needs_all or math.prod(tensor.shape) <= _SAMPLED_ELEMENTS
+    assert tensor.merge is not None
+    return (
+        METHODS[tensor.merge.method].reach in ("element", "row") or math.prod(tensor.source.shape) <= _SAMPLED_ELEMENTS
+    )
 
 
 def _merge(plan: Plan, tensor: TensorPlan) -> Merge:
     step = tensor.merge
     assert step is not None
-    return METHODS[step.method].load()(Job(step.name, tensor.shape, step.roles, step.parameters, plan.seed))
+    return METHODS[step.method].load()(Job(step.name, tensor.source.shape, step.roles, step.parameters, plan.seed))
 
 
 def _settled(plan: Plan, files: FileSet) -> dict[str, Merge]:
     """Of methods that look at all tensors first: every merge, after that. Full name -> merge."""
-    if plan.merge is None or METHODS[plan.merge.method].reach != "global":
-        return {}
     merges: dict[str, Merge] = {}
     for _, tensor in plan.tensors():
-        if tensor.merge is not None and tensor.merge.method == plan.merge.method:
+        if tensor.merge is not None and METHODS[tensor.merge.method].reach == "global":
             merges[tensor.merge.name] = _merge(plan, tensor)
             _survey(merges[tensor.merge.name], tensor, tensor.merge, files)
-    METHODS[plan.merge.method].load().agree(list(merges.values()))
+    if merges:
+        next(iter(merges.values())).agree(list(merges.values()))
     return merges
 
 
@@ -87,7 +89,7 @@ def _blocks(merge: Merge, models: int) -> list[range]:
 def _chunk(merge: Merge, tensor: TensorPlan, step: MergeStep, rows: range, files: FileSet) -> Chunk:
     width = merge.view[1]
     begin, end = rows.start * width, rows.stop * width
-    models = [_elements(step, number, tensor.shape, begin, end, files) for number in range(len(step.shares))]
+    models = [_elements(step, number, tensor.source.shape, begin, end, files) for number in range(len(step.shares))]
     return Chunk(rows.start, [torch.from_numpy(model.reshape(len(rows), width)) for model in models])
 
 
@@ -120,21 +122,50 @@ def _stored(share: Share, begin: int, end: int, files: FileSet) -> Doubles:
     return np.concatenate(parts)
 
 
-def _check(
-    tensor: TensorPlan, merge: Merge, full: bool, output: TensorFile, files: FileSet, rule: Rule, is_settled: bool
-) -> Report:
+class _Merged:
+    """The merged values of one tensor."""
+
+    def __init__(self, tensor: TensorPlan, step: MergeStep, merge: Merge, files: FileSet) -> None:
+        self.tensor, self.merge = tensor, merge
+        self._step, self._files = step, files
+        self._whole: Doubles | None = None  # of methods that make them all at once
+
+    def blocks(self) -> list[range]:
+        """All rows of the merge, in pieces."""
+        return _blocks(self.merge, len(self._step.shares))
+
+    def of(self, rows: range) -> Doubles:
+        """Some rows of the merge."""
+        if not self.merge.whole:
+            return self._blended(rows)
+        if self._whole is None:
+            self._whole = self._blended(range(self.merge.view[0]))
+        return self._whole[rows.start : rows.stop]
+
+    def seen(self, rows: range) -> Doubles:
+        """Rows of the tensor as its plan sees it: those of the merge may be others."""
+        columns, width = as_matrix(self.tensor.view)[1], self.merge.view[1]
+        begin, end = rows.start * columns, rows.stop * columns
+        first = begin // width
+        values = self.of(range(first, -(-end // width))).reshape(-1)
+        return values[begin - first * width : end - first * width].reshape(len(rows), columns).copy()
+
+    def _blended(self, rows: range) -> Doubles:
+        chunk = _chunk(self.merge, self.tensor, self._step, rows, self._files)
+        values: Doubles = self.merge.blend(chunk).numpy()
+        return values
+
+
+def _check(merged: _Merged, full: bool, output: TensorFile, files: FileSet, rule: Rule) -> Report:
     """What is found when one merged tensor is made again."""
-    step = tensor.merge
-    assert step is not None
+    tensor, merge = merged.tensor, merged.merge
+    if tensor.terms or tensor.is_rescaled:
+        blocks = all_rows(tensor) if full else sampled_rows(tensor)
+        return check_tensor(tensor, blocks, output, files, rule, merged.seen)
     report = Report("full", touched_tensors=1)
-    if not is_settled:
-        _survey(merge, tensor, step, files)
-    has_rows = merge.view[0] == as_matrix(tensor.shape)[0]  # a vector is one
-    blocks = _blocks(merge, len(step.shares)) if full or merge.whole or not has_rows else sampled_rows(tensor)
-    width = merge.view[1]
-    for rows in blocks:
-        values = merge.blend(_chunk(merge, tensor, step, rows, files)).numpy()
-        finding = _compare(tensor, values, rows.start * width, output, rule, report)
+    has_rows = merge.view[0] == as_matrix(tensor.source.shape)[0]  # a vector is one
+    for rows in merged.blocks() if full or merge.whole or not has_rows else sampled_rows(tensor):
+        finding = _compare(tensor, merged.of(rows), rows.start * merge.view[1], output, rule, report)
         if finding is not None:
             report.add(finding)
             break

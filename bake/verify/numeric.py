@@ -63,7 +63,7 @@ def check_tensors(
 
     def check(tensor: TensorPlan) -> Report:
         blocks = all_rows(tensor) if full else sampled_rows(tensor)
-        return _check_tensor(tensor, blocks, output, files, rule_of(plan, tensor))
+        return check_tensor(tensor, blocks, output, files, rule_of(plan, tensor))
 
     if full:
         with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1), "bake verify") as pool:
@@ -84,9 +84,17 @@ def rule_of(plan: Plan, tensor: TensorPlan) -> Rule:
     return Rule(tensor.dtype, key_of(plan.seed, tensor.name))
 
 
-def _check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, files: FileSet, rule: Rule) -> Report:
+def check_tensor(
+    tensor: TensorPlan,
+    blocks: list[range],
+    output: TensorFile,
+    files: FileSet,
+    rule: Rule,
+    merged: Callable[[range], Doubles] | None = None,
+) -> Report:
     """What is found when `blocks` of rows of one touched tensor are compared with their float64 recomputation.
 
+    merged: the base's values of any rows, where they are made of several models' and stored nowhere.
     A sum stored in 16 bits or fewer is wrong if it is not the float64 value rounded once. Anything else is if no
     value within reach of the float64 value rounds to it. Within reach is what float64 arithmetic in another order
     may lose: for sums the bound of Higham, Accuracy and Stability, section 3.1; for transforms a fixed small share
@@ -96,7 +104,7 @@ def _check_tensor(tensor: TensorPlan, blocks: list[range], output: TensorFile, f
     report = Report("full", touched_tensors=1)
     width = as_matrix(tensor.view)[1]
     written = output.tensors[tensor.name]
-    reference = _Reference(tensor, files, rule.is_fast)
+    reference = _Reference(tensor, files, rule.is_fast, merged)
     scales = None if tensor.rescaled is None else Scales(tensor, tensor.rescaled, output)
     finding: str | None = None
     for block in blocks:
@@ -185,9 +193,11 @@ def check_appended(tensor: TensorPlan, output: TensorFile, files: FileSet, repor
 class _Reference:
     """One tensor's float64 result, by rows."""
 
-    def __init__(self, plan: TensorPlan, files: FileSet, is_fast: bool) -> None:
-        """is_fast: sums may be as float32 gives them."""
-        self.plan, self._files = plan, files
+    def __init__(
+        self, plan: TensorPlan, files: FileSet, is_fast: bool, merged: Callable[[range], Doubles] | None
+    ) -> None:
+        """is_fast: sums may be as float32 gives them. merged: the base's values where they are not stored."""
+        self.plan, self._files, self._merged = plan, files, merged
         self._is_fast = is_fast
         self._is_plain = all(is_plain(term.algorithm, term.factors) for term in plan.terms)
         self._pairs = [self._pair(term) if self._is_plain else None for term in plan.terms]
@@ -225,6 +235,8 @@ class _Reference:
 
     def base_rows(self, block: range) -> Doubles:
         """The base's values, those of scaled layers times their scale."""
+        if self._merged is not None:
+            return self._merged(block)
         source, size = self.plan.source, self.plan.source_size
         values = np.zeros((len(block), as_matrix(self.plan.view)[1]))
         stored = range(block.start, min(block.stop, size[0]))

@@ -100,7 +100,7 @@ def test_the_document_names_method_models_and_parameters(models: list[Path], tmp
         assert [model["role"] for model in document["merge"]["models"]] == ["base", "model", "model"]
         assert document["merge"]["parameters"]["density"] == 0.5
         assert {"number": 0.5, "components": {"model": 0.25}} in document["merge"]["parameters"]["weight"]
-        assert document["tensors"] == {"merged": 19, "converted": 0, "copied": 0}
+        assert document["tensors"] == {"fused": 0, "merged": 19, "grown": 0, "converted": 0, "copied": 0}
         assert document["bytes"]["read"] == 3 * sum(a.nbytes for a in random_arrays(llama()).values())
     assert planned["plan"]["merge"]["method"] == "ties"
     assert done["verification"]["ok"]

@@ -55,7 +55,6 @@ def refused(kind: type[BakeError], method: str, *models: Path, **what: Any) -> s
         ("geometric_sum", {"parameters": {"alpha": Selection.parse(gradient="0,2")}}, "it can be: from 0 to 1 (for "),
         ("weighted_sum", {"only": ["unet"]}, "--only unet"),
         ("weighted_sum", {"dtype": "fp4"}, "--dtype fp4"),
-        ("weighted_sum", {"dtype": "fp8_e4m3fn_scaled"}, "then scales the result"),
         ("weighted_sum", {"rounding": "fast"}, "merges have nearest and stochastic"),
     ],
 )

@@ -265,6 +265,7 @@ MISTAKES = [
     ("base: b\nmerge: {method: linear, models: [a, b]}\n", "2:1", "not both", True),
     ("loras: [a]\n", "1:1", "a bake needs a base", True),
     ("base: b\n", "1:1", "nothing to do", False),
+    ("merge: {method: linear, models: [a, b]}\nalso: c\n", "2:1", "also is for a split base", False),
     ("base: b\nvae: a\nreplace: {vae: c}\n", "2:1", "vae stands under replace too", False),
     ("base: b\nprompt: <lora:a:1>\n", "2:1", "a prompt needs lora_dir", False),
     ("base: b\nlora_dir: loras\nloras: [a]\n", "2:1", "lora_dir is for a prompt", False),

@@ -26,7 +26,7 @@ class Reader:
         """columns: of the matrix that chunks are rows of. forgets: what was read shall not stay in memory."""
         assert tensor.merge is not None
         self._plan, self._step, self._files = plan, tensor.merge, files
-        self._shape = tensor.shape
+        self._shape = tensor.source.shape
         self._columns, self._device, self._forgets = columns, device, forgets
 
     def chunk(self, first: int, last: int, desk: Desk) -> Chunk:
@@ -104,9 +104,7 @@ class Reader:
             out.copy_(raw)
 
     def _refuse(self, stored: Stored, number: int) -> None:
-        merge = self._plan.merge
-        assert merge is not None
-        model = merge.models[self._step.models[number]].path.name
+        model = self._plan.owner_of(stored.input).name
         raise NonFinite(
             f"{stored.name}: {model} holds NaN or infinity, which cannot be merged: repair that model, or leave its "
             f"component out (--only).",

@@ -1,4 +1,4 @@
-"""One tensor that is merged: its passes, then its chunks, each rounded once."""
+"""One tensor that is merged: its passes, then its chunks, to which adapters may add before each is rounded once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bake.dtypes import DTYPES
-from bake.errors import Mismatch, NonFinite
-from bake.execute.chunk import chunk_height
-from bake.execute.device import Desk, Device
+from bake.errors import Mismatch
+from bake.execute.chunk import CHUNK_ELEMENTS, Chunk, chunk_height
+from bake.execute.compute import Work
+from bake.execute.device import Desk
 from bake.execute.merging.reader import Reader
-from bake.execute.rounding import Rounding, has_nonfinite, settle_wide
+from bake.execute.pipeline import rounding_of, work_on
+from bake.execute.survival import Survival
 from bake.io.fileset import FileSet
 from bake.io.payload import as_bytes
+from bake.keys.factors import as_matrix
 from bake.merges import METHODS
 from bake.merges.merge import Job, Merge
 from bake.plan.model import Plan, TensorPlan
@@ -27,14 +29,14 @@ class Finished(NamedTuple):
 
     begin: int  # flat index of their first element
     data: memoryview  # until the next ones are made
-    clamped: int  # elements beyond the largest 8-bit number, which stands in
+    survival: Survival  # of what was added to the merged values
 
 
 def merge_of(plan: Plan, tensor: TensorPlan) -> Merge:
     """The maths of one tensor."""
     step = tensor.merge
     assert step is not None
-    job = Job(step.name, tensor.shape, step.roles, step.parameters, plan.seed)
+    job = Job(step.name, tensor.source.shape, step.roles, step.parameters, plan.seed)
     return METHODS[step.method].load()(job)
 
 
@@ -42,78 +44,87 @@ class MergedTensor:
     """One tensor, ready for its passes and its rows."""
 
     def __init__(
-        self,
-        plan: Plan,
-        tensor: TensorPlan,
-        merge: Merge,
-        files: FileSet,
-        device: Device,
-        rounding: Rounding,
-        forgets: bool,
+        self, plan: Plan, tensor: TensorPlan, merge: Merge, files: FileSet, desk: Desk, elements: int, forgets: bool
     ) -> None:
+        """desk: of the calling worker. elements: of a chunk, at most. forgets: what was read shall not stay there."""
         self.tensor, self.merge = tensor, merge
-        self._rounding, self._device = rounding, device
-        self._reader = Reader(plan, tensor, files, merge.view[1], device, forgets)
+        self._plan, self._files, self._desk, self._elements = plan, files, desk, elements
+        self._reader = Reader(plan, tensor, files, merge.view[1], desk.device, forgets)
+        self._whole: Tensor | None = None  # the merged values, of methods that make them all at once
 
-    def heights(self, elements: int, rows: range | None = None) -> Iterator[tuple[int, int]]:
-        """[first, past the last) row of each chunk of some rows, all by default; elements: of a chunk, at most."""
-        rows = rows if rows is not None else range(self.merge.view[0])
+    def survey(self, check: Callable[[], None]) -> None:
+        """Make all passes. check: called between two chunks. Raises Mismatch for values that leave it undefined."""
+        with _named(self.tensor):
+            for survey in self.merge.passes():
+                for first, last in self._chunks(range(self.merge.view[0]), self._elements):
+                    check()
+                    survey.add(self._reader.chunk(first, last, self._desk))
+
+    def finished(self, work: Work, rows: range | None) -> Iterator[Finished]:
+        """The new rows, all by default, chunk by chunk, as they are to be stored.
+
+        work: what is done to the merged values. Raises NonFinite for results that overflow.
+        """
+        columns = as_matrix(self.tensor.view)[1]
+        elements = self._elements if work.has_free_grid else CHUNK_ELEMENTS
+        for first, last in self._chunks(range(self.merge.view[0]) if rows is None else rows, elements):
+            begin = first * self.merge.view[1]
+            values = self._merged(first, last).reshape(-1, columns)
+            chunk = Chunk(begin // columns, begin // columns + len(values), columns)
+            out = self._buffer(tuple(values.shape))
+            survival = work.fuse(values, out, chunk, self._desk)
+            yield Finished(begin, as_bytes(self._on_host(out)), survival)
+
+    def work(self) -> Work:
+        """What is done to the merged values: terms, a cast, one rounding."""
+        rounding = rounding_of(self._plan, self.tensor)
+        return work_on(self.tensor, self._files, self._desk.device, rounding, self._rows)
+
+    def _rows(self, rows: range) -> Tensor:
+        """The merged values of rows of the tensor, seen as its plan does: that may be other rows than the merge's."""
+        columns, width = as_matrix(self.tensor.view)[1], self.merge.view[1]
+        begin, end = rows.start * columns, rows.stop * columns
+        first = begin // width
+        values = self._merged(first, -(-end // width)).reshape(-1)
+        return values[begin - first * width : end - first * width].reshape(len(rows), columns).clone()
+
+    def _merged(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the merge, in pieces that stay in the cache."""
+        if self.merge.whole:
+            if self._whole is None:
+                self._whole = self._blended(0, self.merge.view[0])
+            return self._whole[first:last]
+        pieces = list(self._chunks(range(first, last), self._elements))
+        if len(pieces) == 1:
+            return self._blended(first, last)
+        found = torch.empty((last - first, self.merge.view[1]), dtype=torch.float64, device=self._desk.device.torch)
+        for begin, end in pieces:
+            found[begin - first : end - first] = self._blended(begin, end)
+        return found
+
+    def _blended(self, first: int, last: int) -> Tensor:
+        with _named(self.tensor):
+            return self.merge.blend(self._reader.chunk(first, last, self._desk))
+
+    def _chunks(self, rows: range, elements: int) -> Iterator[tuple[int, int]]:
+        """[first, past the last) row of each chunk of some rows."""
         height = len(rows) if self.merge.whole else chunk_height(self.merge.view[1], elements)
         for first in range(rows.start, rows.stop, max(1, height)):
             yield first, min(rows.stop, first + height)
 
-    def survey(self, elements: int, desk: Desk, check: Callable[[], None]) -> None:
-        """Make all passes. check: called between two chunks. Raises Mismatch for values that leave it undefined."""
-        with _named(self.tensor):
-            for survey in self.merge.passes():
-                for first, last in self.heights(elements):
-                    check()
-                    survey.add(self._reader.chunk(first, last, desk))
+    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
+        """Where the finished values go."""
+        host = self._desk.on_host("finished", self.tensor.dtype, shape)
+        return host if self._desk.device.is_cpu else self._desk.computed("out", host.dtype, shape)
 
-    def finished(self, elements: int, rows: range | None, desk: Desk) -> Iterator[Finished]:
-        """The new rows, chunk by chunk, as they are to be stored. Raises NonFinite for results that overflow."""
-        for first, last in self.heights(elements, rows):
-            with _named(self.tensor):
-                values = self.merge.blend(self._reader.chunk(first, last, desk))
-            begin = first * self.merge.view[1]
-            out = self._rounded(values, begin, desk)
-            if has_nonfinite(out):
-                self._refuse(values)
-            target = DTYPES[self.tensor.dtype]
-            clamped = int((values.abs() >= target.overflow).sum()) if target.bits == 8 else 0
-            yield Finished(begin, as_bytes(self._on_host(out, desk)), clamped)
-
-    def _rounded(self, values: Tensor, begin: int, desk: Desk) -> Tensor:
-        shape = tuple(values.shape)
-        if self._device.is_cpu:
-            out = desk.on_host("finished", self.tensor.dtype, shape)
-        else:
-            out = desk.computed("out", desk.on_host("finished", self.tensor.dtype, shape).dtype, shape)
-        if out.element_size() < 4:
-            near = desk.computed("near", torch.float32, shape)
-            other = desk.computed("other", out.dtype, shape)
-            settle_wide(values, near, self._rounding, out, other, begin)
-        else:
-            out.copy_(values)
-        return out
-
-    def _on_host(self, out: Tensor, desk: Desk) -> Tensor:
-        if self._device.is_cpu:
+    def _on_host(self, out: Tensor) -> Tensor:
+        device = self._desk.device
+        if device.is_cpu:
             return out
-        finished = desk.on_host("finished", self.tensor.dtype, tuple(out.shape))
+        finished = self._desk.on_host("finished", self.tensor.dtype, tuple(out.shape))
         finished.copy_(out)
-        self._device.wait()
+        device.wait()
         return finished
-
-    def _refuse(self, values: Tensor) -> None:
-        name, target = self.tensor.name, DTYPES[self.tensor.dtype]
-        if bool(torch.isfinite(values).all()):
-            raise NonFinite(
-                f"{name}: the result reaches {float(values.abs().max()):.6g}, {self.tensor.dtype} ends at "
-                f"{target.largest:g}. Choose other parameters, or write a wider dtype (--dtype bf16 or fp32).",
-                tensor=name,
-            )
-        raise NonFinite(f"{name}: the result is not finite: the parameters are far too large", tensor=name)
 
 
 @contextmanager

@@ -1,0 +1,107 @@
+"""Components of the base that are taken from other checkpoints: another VAE, another text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from bake.errors import Mismatch, Unsupported
+from bake.identify.checkpoint import identify_checkpoint
+from bake.identify.scaled import scaled_layers
+from bake.io.checkpoint import open_checkpoint
+from bake.plan.arranged import Arranged, Origin, origin_of
+from bake.plan.counterparts import Counterparts, Opened, check_alike, is_merged
+from bake.plan.inputs import input_of
+from bake.plan.model import Replacement
+from bake.plan.refuse import refuse_quantised
+
+_LISTED = 4  # tensors spelled out in a message
+
+
+def replace_components(base: Arranged, replaced: Mapping[str, Path], opened: ExitStack) -> Arranged:
+    """The base with these components from other checkpoints, in its own names and, unless they are cast, dtypes.
+
+    replaced: component -> a checkpoint that has it, alone or among others. opened: closes the checkpoints.
+    Raises Mismatch for components that one of the two does not have or that do not fit, Unsupported for quantised ones.
+    """
+    for component, path in sorted(replaced.items()):
+        base = _replace(base, component, path, opened)
+    return base
+
+
+def _replace(base: Arranged, component: str, path: Path, opened: ExitStack) -> Arranged:
+    checkpoint = open_checkpoint(path)
+    opened.callback(checkpoint.close)
+    refuse_quantised(path, checkpoint, scaled := scaled_layers(checkpoint))
+    first = len(base.inputs)
+    mine = Opened(base.checkpoint.root.name, base.checkpoint, base.identity, 0, "")
+    theirs = Opened(path.name, checkpoint, identify_checkpoint(checkpoint), first, "")
+    check_alike(mine, theirs)
+    for model in (mine, theirs):
+        if component not in model.owned:
+            raise Mismatch(
+                f"{model.name} has no {component} to be replaced or taken; it has {', '.join(model.owned)}",
+                component=component,
+                model=model.name,
+            )
+    for owner, layers in ((mine, base.scaled.layers), (theirs, scaled.layers)):
+        if layers.keys() & set(owner.owned[component][1]):
+            raise Unsupported(
+                f"{owner.name}: its {component} is scaled fp8, which cannot be replaced: use a checkpoint in 16 bits",
+                model=owner.name,
+            )
+    return dataclasses.replace(
+        base,
+        inputs=(*base.inputs, *(input_of(part.file, "component") for part in checkpoint.files)),
+        origins={**base.origins, **_origins(component, mine, theirs)},
+        replaced=(
+            *base.replaced,
+            Replacement(component, path, (first, first + len(checkpoint.files)), checkpoint.packaging),
+        ),
+        notes=(*base.notes, *_notes(component, mine, theirs)),
+    )
+
+
+def _origins(component: str, mine: Opened, theirs: Opened) -> dict[str, Origin]:
+    """Full name -> what takes its place, of all tensors of the component that were trained."""
+    counterparts = Counterparts(mine, theirs)
+    found: dict[str, Origin] = {}
+    lacks = []
+    for full in mine.owned[component][1]:
+        share = counterparts.share(full, component)
+        if share is not None:
+            found[full] = origin_of(full, mine.stored(full), share, 0)
+        elif is_merged(full, mine.base.tensors[full]):
+            lacks.append(f"{full} is not in {theirs.name}")
+    lacks += [f"{name} is only in {theirs.name}" for name in counterparts.left_over([component])]
+    if lacks:
+        raise Mismatch(
+            f"the {component} of {theirs.name} is built differently: {_some(lacks)}. It cannot take the place of "
+            f"that of {mine.name}.",
+            tensors=lacks,
+        )
+    return found
+
+
+def _notes(component: str, mine: Opened, theirs: Opened) -> list[str]:
+    """Said where the other file stores the component in other dtypes than those it gets."""
+    ours, other = _dtypes(component, mine), _dtypes(component, theirs)
+    if ours == other:
+        return []
+    return [
+        f"the {component} of {theirs.name} is {_some(sorted(other))}; without --dtype {component}=... it becomes "
+        f"{_some(sorted(ours))}, as in {mine.name}"
+    ]
+
+
+def _dtypes(component: str, model: Opened) -> set[str]:
+    """What the trained numbers of a component are stored as."""
+    tensors = model.base.tensors
+    return {tensors[name].dtype for name in model.owned[component][1] if is_merged(name, tensors[name])}
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more
