@@ -84,21 +84,21 @@ def _check_places(bakes: Sequence[Bake]) -> None:
             other = writers[place]
             bake.mark.refuse(f"{bake.output} is the output of the bake in line {other.mark.line} too")
         writers[place] = bake
+    inside: dict[Path, list[Bake]] = {}  # folder -> who writes into it, at any depth
     for place, bake in writers.items():
         around = next((writers[parent] for parent in place.parents if parent in writers), None)
         if around is not None:
-            bake.mark.refuse(
-                f"{bake.output} lies in {around.output}, the output of the bake in line {around.mark.line}"
-            )
-    readers = {_real(path): (bake, path) for bake in bakes for path in inputs_of(bake.recipe)}
-    for place, (bake, path) in readers.items():
-        writer = next((writers[each] for each in (place, *place.parents) if each in writers), None)
-        if writer is not None and writer is not bake:
-            _refuse_chain(bake, path, writer)
-    for place, writer in writers.items():
-        reader = next((readers[parent] for parent in place.parents if parent in readers), None)
-        if reader is not None and reader[0] is not writer:
-            _refuse_chain(*reader, writer)
+            line = around.mark.line
+            bake.mark.refuse(f"{bake.output} lies in {around.output}, the output of the bake in line {line}")
+        for parent in place.parents:
+            inside.setdefault(parent, []).append(bake)
+    for bake in bakes:
+        for path in inputs_of(bake.recipe):
+            place = _real(path)
+            near = [writers[each] for each in (place, *place.parents) if each in writers] + inside.get(place, [])
+            writer = next((each for each in near if each is not bake), None)
+            if writer is not None:
+                _refuse_chain(bake, path, writer)
 
 
 def _refuse_chain(reader: Bake, path: Path, writer: Bake) -> NoReturn:
@@ -167,6 +167,7 @@ def _check_output(bake: Bake, plan: Plan, output: Path, options: Mapping[str, An
         if needed > left:
             raise NoSpace(
                 f"{output}: the output takes {format_bytes(needed)}, the bakes before it leave {format_bytes(left)}",
+                path=str(output),
                 needed=needed,
                 free=left,
             )

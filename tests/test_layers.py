@@ -48,7 +48,7 @@ ALLOWED = {
     "verify": {"errors", "dtypes", "draws", "io", "keys", "plan", "adapters", "merges", "progress"},
     "api": {"errors", "interrupts", "io", "plan", "execute", "verify", "progress"},
     "merging": {"api", "plan", "execute", "progress"},
-    "running": {"errors", "interrupts", "sizes", "io", "plan", "recipes", "api", "progress"},
+    "running": {"errors", "interrupts", "sizes", "io", "keys", "plan", "recipes", "api", "progress"},
     "adapter_api": {"errors", "io", "keys", "identify", "plan", "execute", "progress"},
     "adapter_documents": {"adapter_api", "documents", "plan"},
     "doctor": {"errors", "io", "keys", "identify", "plan"},

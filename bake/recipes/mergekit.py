@@ -151,7 +151,7 @@ class _Reader:
 
     def __init__(self, top: Entries) -> None:
         self._top = top
-        self._notes: list[str] = []
+        self._notes: dict[Mark, str] = {}
         name = Word(tuple(_METHODS)).read(top.entries[METHOD_KEY])
         self._theirs, self._method = name, _METHODS[name]
         self._defaults: dict[str, Any] = {each.name: each.default for each in METHODS[self._method.ours].parameters}
@@ -170,7 +170,9 @@ class _Reader:
             base=base.path if base is not None and is_base else None,
             parameters=self._parameters(chosen, shared),
         )
-        return Configuration(merge, self._dtype(), tuple(dict.fromkeys(self._notes)))
+        dtype = self._dtype()
+        in_order = sorted(self._notes, key=lambda mark: (mark.line, mark.column))
+        return Configuration(merge, dtype, tuple(self._notes[mark] for mark in in_order))
 
     # ---- what there is
 
@@ -184,7 +186,7 @@ class _Reader:
                 self._note(mark, f"{what} has no {shortened(key)}: it changes nothing there, nor here")
 
     def _note(self, mark: Mark, text: str) -> None:
-        self._notes.append(f"{mark}: {text}")
+        self._notes[mark] = f"{mark}: {text}"
 
     def _refuse(self, key: str, advice: str) -> None:
         if self._given(key) is not None:
@@ -328,7 +330,7 @@ class _Reader:
         for is_alone, sources in ((False, shared), *((True, model.parameters) for model in models)):
             for entries in sources:
                 self._check_keys(entries, tuple(known), f"{self._theirs} of mergekit")
-                for key in entries.entries.keys() & known.keys():
+                for key in filter(known.__contains__, entries.entries):
                     if not known[key].ours:
                         self._note(entries.keys[key], f"{key} changes nothing")
                     elif is_alone and not known[key].per_model:
@@ -338,17 +340,16 @@ class _Reader:
         """What the sources say, the narrowest first; None if none says anything and ours has the same default."""
         nodes = [entries.entries[parameter.theirs] for entries in sources if parameter.theirs in entries.entries]
         if parameter.is_switch:
-            return None if not nodes else _switched(parameter, nodes[0])
+            switches = [_switched(parameter, node) for node in nodes]
+            return switches[0] if switches else None
         gradients: list[Gradient] = []
-        for node in nodes:
-            for gradient, is_one in _conditions(node):
-                if is_one and not gradients:
-                    return gradient.values[0]
-                if is_one:
-                    return Selection(number=gradient.values[0], gradients=tuple(gradients))
-                gradients.append(gradient)
-                if not gradient.filter:
-                    return Selection(number=gradient.values[0], gradients=tuple(gradients))
+        for gradient, is_one in [condition for node in nodes for condition in _conditions(node)]:
+            number = gradient.values[0]
+            if is_one:
+                return Selection(number=number, gradients=tuple(gradients)) if gradients else number
+            gradients.append(gradient)
+            if not gradient.filter:
+                return Selection(number=number, gradients=tuple(gradients))
         if parameter.required:
             part = "for all tensors: end its list with a value without a filter" if gradients else ""
             place.refuse(f"{self._theirs} needs {parameter.theirs}{f' {part}' if part else ''}")

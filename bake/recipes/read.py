@@ -50,10 +50,10 @@ class RecipeFile:
 
 
 def _marks_of(node: Node, path: Path) -> Iterator[Mark]:
-    """Where a file, or the folder it lies in, is named."""
+    """Where a file, or the folder it lies in, is named; also with a weight behind it."""
     if isinstance(node, Scalar):
         named = node.mark.file.parent / node.text
-        if node.text and (named == path or named in path.parents):
+        if node.text and (named == path or named in path.parents or str(named).startswith(f"{path}:")):
             yield node.mark
         return
     for each in node.items if isinstance(node, Items) else node.entries.values():
