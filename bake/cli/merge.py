@@ -9,10 +9,17 @@ from typing import Any
 import click
 
 from bake import api, merging
-from bake.cli.options import metadata_options, output_options, run_options, stack, wide_dtypes_option
+from bake.cli.options import (
+    merge_dtypes_option,
+    metadata_options,
+    output_options,
+    replace_options,
+    run_options,
+    stack,
+)
 from bake.cli.output import Output
 from bake.cli.parameters import ParameterSetting, joined
-from bake.cli.request import chosen_dtypes
+from bake.cli.request import chosen_components, chosen_dtypes
 from bake.errors import UsageError
 from bake.merges import METHODS
 from bake.plan.words import Typed
@@ -44,7 +51,8 @@ _merge_options = stack(
         is_flag=True,
         help="Tensors that another model lacks stay the first one's, and what only others have is left out.",
     ),
-    wide_dtypes_option,
+    replace_options,
+    merge_dtypes_option,
     click.option(
         "--rounding",
         type=click.Choice(["nearest", "stochastic"]),
@@ -86,6 +94,8 @@ def command(
     base: Path | None,
     only: Sequence[str],
     allow_missing: bool,
+    vae: Path | None,
+    replaced: Sequence[tuple[str, Path]],
     dtypes: Sequence[tuple[str, str]],
     rounding: str,
     seed: int,
@@ -126,6 +136,7 @@ def command(
     what: dict[str, Any] = {
         "base": base,
         "parameters": joined(method, settings, len(models)),
+        "replaced": chosen_components(vae, replaced),
         "dtype": chosen_dtypes(dtypes),
         "only": only,
         "allow_missing": allow_missing,

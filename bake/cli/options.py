@@ -74,6 +74,20 @@ class KeyValue(click.ParamType):
         return key, text
 
 
+class ComponentPath(click.ParamType):
+    """COMPONENT=PATH."""
+
+    name = "component=path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        if isinstance(value, tuple):
+            return value
+        component, _, path = str(value).partition("=")
+        if not component or not path:
+            self.fail(f"{value!r} is not COMPONENT=FILE, such as vae=vae.safetensors", param, ctx)
+        return component, Path(path)
+
+
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     """One decorator that applies several options, listed in the order of --help."""
 
@@ -105,14 +119,13 @@ adapter_options = stack(
     ),
 )
 
-wide_dtypes_option = click.option(
+merge_dtypes_option = click.option(
     *("--dtype", "dtypes"),
     type=ComponentDtype(),
     multiple=True,
     metavar="[COMPONENT=]DTYPE",
     help="Stored dtype of the output's floats, or of one component's (unet=..., te=..., vae=...): "
-    f"{', '.join(name for name in _DTYPES if '_scaled' not in name)}. Default: keep, every tensor in that of the first "
-    "model. Repeatable.",
+    f"{', '.join(_DTYPES)}. Default: keep, every tensor in that of the first model. Repeatable.",
 )
 
 cast_options = stack(
@@ -152,6 +165,23 @@ metadata_options = stack(
     click.option("--no-recipe", is_flag=True, help="Leave names, weights and digests of the inputs out of the output."),
 )
 
+replace_options = stack(
+    click.option(
+        "--vae",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Take the VAE from this file: --replace vae=FILE.",
+    ),
+    click.option(
+        *("--replace", "replaced"),
+        type=ComponentPath(),
+        multiple=True,
+        metavar="COMPONENT=FILE",
+        help="Take a component (vae, te1, te2, unet, ...) from another checkpoint, which may be a file of its own. "
+        "Repeatable.",
+    ),
+)
+
 recipe_options = stack(
     click.option(
         "--also",
@@ -160,6 +190,7 @@ recipe_options = stack(
         metavar="FILE",
         help="A further file of a split model (a text encoder). The output is then a folder. Repeatable.",
     ),
+    replace_options,
     cast_options,
     click.option(
         "--only",

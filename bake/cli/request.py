@@ -42,6 +42,16 @@ def chosen_dtypes(values: Sequence[tuple[str, str]]) -> dict[str, str]:
     return chosen
 
 
+def chosen_components(vae: Path | None, replaced: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """component -> where it is taken from; raises UsageError if one is named twice."""
+    chosen: dict[str, Path] = {}
+    for component, path in [*([("vae", vae)] if vae is not None else []), *replaced]:
+        if component in chosen:
+            raise UsageError(f"two files are named for {component}: {chosen[component]} and {path}")
+        chosen[component] = path
+    return chosen
+
+
 def make_plan(
     base: Path,
     out: Output,
@@ -50,6 +60,8 @@ def make_plan(
     prompt: str | None,
     lora_dir: Path | None,
     also: Sequence[Path],
+    vae: Path | None,
+    replaced: Sequence[tuple[str, Path]],
     dtypes: Sequence[tuple[str, str]],
     rounding: str,
     seed: int,
@@ -62,13 +74,14 @@ def make_plan(
 ) -> Plan:
     """The plan that the options of fuse and plan ask for."""
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
-    dtype = chosen_dtypes(dtypes)
-    if not adapters and all(each == "keep" for each in dtype.values()):
+    dtype, components = chosen_dtypes(dtypes), chosen_components(vae, replaced)
+    if not adapters and not components and all(each == "keep" for each in dtype.values()):
         raise UsageError("nothing to fuse: name adapters with -l, or with --prompt and --lora-dir")
     return api.build_plan(
         base,
         adapters,
         also=also,
+        replaced=components,
         dtype=dtype,
         rounding=rounding,
         seed=seed,

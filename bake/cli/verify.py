@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from bake import api
-from bake.cli.options import adapter_options, cast_options, embeddings_option, output_options
+from bake.cli.options import adapter_options, cast_options, embeddings_option, output_options, replace_options
 from bake.cli.output import Output
-from bake.cli.request import chosen_adapters, chosen_dtypes
+from bake.cli.request import chosen_adapters, chosen_components, chosen_dtypes
 from bake.errors import UsageError, VerificationFailed
 from bake.plan.recipe import AdapterChoice
 
@@ -20,6 +20,7 @@ from bake.plan.recipe import AdapterChoice
 @click.option("--base", type=click.Path(path_type=Path), help="What it was made from. Default: the recipe inside.")
 @adapter_options
 @click.option("--also", multiple=True, type=click.Path(path_type=Path), help="As for fuse.")
+@replace_options
 @cast_options
 @click.option("--only", multiple=True, metavar="COMPONENT", help="As for fuse.")
 @click.option("--allow-unmatched", is_flag=True, help="As for fuse.")
@@ -41,6 +42,8 @@ def command(
     prompt: str | None,
     lora_dir: Path | None,
     also: Sequence[Path],
+    vae: Path | None,
+    replaced: Sequence[tuple[str, Path]],
     dtypes: Sequence[tuple[str, str]],
     rounding: str,
     seed: int,
@@ -65,11 +68,13 @@ def command(
     """
     out = Output(as_json, quiet, verbose)
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
-    is_asked = adapters or also or only or allow_unmatched or allow_nonfinite_base or dtypes or embeddings != "beside"
-    if base is None and (is_asked or rounding != "nearest" or seed):
+    components = chosen_components(vae, replaced)
+    chosen = (adapters, also, components, only, allow_unmatched, allow_nonfinite_base, dtypes, seed)
+    if base is None and (any(chosen) or embeddings != "beside" or rounding != "nearest"):
         raise UsageError("adapters and their options need --base too; without it the stored recipe is replayed")
     what = {
         "also": also,
+        "replaced": components,
         "dtype": chosen_dtypes(dtypes),
         "rounding": rounding,
         "seed": seed,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from bake.dtypes import DTYPES
 from bake.errors import Mismatch, Unsupported
 from bake.identify.checkpoint import identify_checkpoint
 from bake.identify.scaled import scaled_layers
@@ -65,15 +66,16 @@ def _replace(base: Arranged, component: str, path: Path, opened: ExitStack) -> A
 
 
 def _origins(component: str, mine: Opened, theirs: Opened) -> dict[str, Origin]:
-    """Full name -> what takes its place, of all tensors of the component that were trained."""
+    """Full name -> what takes its place, of all numbers of the component. Integers are the same in all of its kind."""
     counterparts = Counterparts(mine, theirs)
     found: dict[str, Origin] = {}
     lacks = []
     for full in mine.owned[component][1]:
-        share = counterparts.share(full, component)
+        info = mine.base.tensors[full]
+        share = counterparts.share(full, component) if DTYPES[info.dtype].computable else None
         if share is not None:
             found[full] = origin_of(full, mine.stored(full), share, 0)
-        elif is_merged(full, mine.base.tensors[full]):
+        elif is_merged(full, info):
             lacks.append(f"{full} is not in {theirs.name}")
     lacks += [f"{name} is only in {theirs.name}" for name in counterparts.left_over([component])]
     if lacks:

@@ -15,6 +15,7 @@ from bake.recipes.document import Entries, Items, Mark, Node, Scalar
 from bake.sizes import parse_size
 
 Schema = dict[str, Any]
+_LONGEST_PATH = 4096
 
 
 class Kind(Protocol):
@@ -61,10 +62,13 @@ class File:
     """A file or folder; relative ones start from the folder of the recipe."""
 
     def read(self, node: Node) -> Path:
-        return node.mark.file.parent / Text("a file or folder").read(node)
+        name = Text("a file or folder").read(node)
+        if len(name) > _LONGEST_PATH:
+            node.mark.refuse(f"a path of {len(name)} characters; no system has such")
+        return node.mark.file.parent / name
 
     def schema(self) -> Schema:
-        return Text().schema()
+        return {**Text().schema(), "maxLength": _LONGEST_PATH}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ the base among them) and merge_methods/ (parameters, defaults, what a base is fo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -383,7 +384,7 @@ def _model_path(node: Node) -> Path:
         raise _unsupported(node.mark, "a model is named by the folder it lies in; name that alone")
     text = Text("the folder of a model").read(node)
     path = node.mark.file.parent / text
-    if path.exists():
+    if os.path.exists(path):
         return path
     model, plus, lora = text.partition("+")
     if plus:

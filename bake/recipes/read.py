@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bake.errors import BakeError
+from bake.io.files import inputs_only
 from bake.plan.prompt import LoraFolder, adapters_from_prompt
 from bake.plan.recipe import AdapterChoice, MergeChoice, Recipe
 from bake.recipes.document import Entries, Items, Mark, Node, Scalar, read_document
@@ -67,7 +68,11 @@ def read_recipe(path: Path) -> RecipeFile:
     meant, Unsupported for what bake does not do; each says line and column. Of the bakes nothing is opened, but for
     the LoRAs that a prompt names.
     """
-    document = read_document(path)
+    with inputs_only():
+        return _read(path, read_document(path))
+
+
+def _read(path: Path, document: Node) -> RecipeFile:
     if not isinstance(document, Entries):
         expect(document, "a recipe, a mapping,")
     if is_mergekit(document):
