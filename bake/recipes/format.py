@@ -131,26 +131,18 @@ def _adapter(given: dict[str, Any], mark: Mark) -> AdapterChoice:
     )
 
 
-_ADAPTER = _shared(
-    "lora",
-    Either(
-        Made(Text("a LoRA, as behind -l"), _typed_adapter),
-        mapping=Made(
-            Record(
-                "a LoRA",
-                (
-                    Field("path", File(), "the adapter, a file or a folder", required=True),
-                    Field("weight", Number(), "how much of it; any sign, 0 leaves it out; default 1"),
-                    Field("te", Number(), "the weight for the text encoders; default: weight"),
-                    Field("unet", Number(), "the weight for everything else; default: weight"),
-                    Field("dyn", Number(low=1, whole=True), "use only so many ranks"),
-                    *_selection_fields(Number()),
-                ),
-            ),
-            _adapter,
-        ),
+LORA = Record(
+    "a LoRA",
+    (
+        Field("path", File(), "the adapter, a file or a folder", required=True),
+        Field("weight", Number(), "how much of it; any sign, 0 leaves it out; default 1"),
+        Field("te", Number(), "the weight for the text encoders; default: weight"),
+        Field("unet", Number(), "the weight for everything else; default: weight"),
+        Field("dyn", Number(low=1, whole=True), "use only so many ranks"),
+        *_selection_fields(Number()),
     ),
 )
+_ADAPTER = _shared("lora", Either(Made(Text("a LoRA, as behind -l"), _typed_adapter), mapping=Made(LORA, _adapter)))
 _ADAPTERS = ListOf(_ADAPTER, single=True)
 
 
@@ -230,26 +222,19 @@ def _by_method() -> list[Schema]:
     return rules
 
 
-_MERGE = _shared(
-    "merge",
-    Made(
-        Record(
-            "a merge",
-            (
-                Field("method", Word(tuple(METHODS)), "how the models are merged: see docs/merging.md", required=True),
-                Field(
-                    "models", ListOf(File(), least=1), "the models, in the order in which it takes them", required=True
-                ),
-                Field("base", File(), "the model that the others were trained from, for methods that have one"),
-                Field("parameters", Unread(), "the parameters of the method"),
-                Field("only", _COMPONENTS, "merge these components alone; the rest is the first model's"),
-                Field("allow_missing", Switch(), "tensors that another model lacks stay the first one's"),
-            ),
-            rules={"allOf": _by_method()},
-        ),
-        _merge,
+MERGE = Record(
+    "a merge",
+    (
+        Field("method", Word(tuple(METHODS)), "how the models are merged: see docs/merging.md", required=True),
+        Field("models", ListOf(File(), least=1), "the models, in the order in which it takes them", required=True),
+        Field("base", File(), "the model that the others were trained from, for methods that have one"),
+        Field("parameters", Unread(), "the parameters of the method"),
+        Field("only", _COMPONENTS, "merge these components alone; the rest is the first model's"),
+        Field("allow_missing", Switch(), "tensors that another model lacks stay the first one's"),
     ),
+    rules={"allOf": _by_method()},
 )
+_MERGE = _shared("merge", Made(MERGE, _merge))
 
 
 # ---- A bake ----------------------------------------------------------------------------------------------------------
