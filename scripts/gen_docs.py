@@ -3,8 +3,8 @@
     python scripts/gen_docs.py [--check]
 
 docs/cli.md is generated whole, from the commands themselves. In README.md, docs/formats.md, docs/blocks.md,
-docs/merging.md and docs/recipes.md the blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the tables
-in bake/keys, bake/plan, bake/merges and bake/recipes.
+docs/merging.md and docs/recipes.md the blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the
+tables in bake/keys, bake/plan, bake/merges and bake/recipes.
 """
 
 from __future__ import annotations
