@@ -23,6 +23,8 @@ from bake.merges import METHODS
 from bake.merges.merge import Job, Merge
 from bake.plan.model import Plan, TensorPlan
 
+_FUSED_ELEMENTS = 128 * 1024  # products with fewer rows than they have columns take twice as long
+
 
 class Finished(NamedTuple):
     """Rows of the output."""
@@ -66,7 +68,9 @@ class MergedTensor:
         work: what is done to the merged values. Raises NonFinite for results that overflow.
         """
         columns = as_matrix(self.tensor.view)[1]
-        elements = self._elements if work.has_free_grid else CHUNK_ELEMENTS
+        elements = CHUNK_ELEMENTS
+        if work.has_free_grid:
+            elements = max(self._elements, _FUSED_ELEMENTS) if self.tensor.terms else self._elements
         for first, last in self._chunks(range(self.merge.view[0]) if rows is None else rows, elements):
             begin = first * self.merge.view[1]
             values = self._merged(first, last).reshape(-1, columns)
