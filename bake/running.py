@@ -194,6 +194,9 @@ def run_bakes(
     Outcome. keep_going: neither ends it; the bakes that can be done are done. `options` are as for `run_plan`; what is
     not given, or None, is as the recipe says.
     """
+    for bake in bakes:
+        if bake.output is None:
+            bake.mark.refuse("there is no output; name it here, or with -o")
     planned = list(_without_plans(plan_bakes(bakes, options, keep_going), len(bakes)))
     due[:] = [bake.output for bake in bakes if bake.output is not None]
     for number, outcome in enumerate(planned, 1):
@@ -230,8 +233,7 @@ def _without_plans(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]
 
 def _run(outcome: Outcome, options: Mapping[str, Any], progress: Progress | None) -> Outcome:
     bake = outcome.bake
-    if bake.output is None:
-        bake.mark.refuse("there is no output; name it here, or with -o")
+    assert bake.output is not None
     try:
         plan = outcome.plan or plan_bake(bake)
         result = run_plan(plan, bake.output, progress=progress, **_options(bake, options))

@@ -13,7 +13,6 @@ from bake.cli.options import Size, output_options
 from bake.cli.output import Output
 from bake.cli.text import printable
 from bake.documents import run_document
-from bake.errors import UsageError
 from bake.recipes.read import Bake
 from bake.running import Outcome, plan_bakes, read_bakes, run_bakes
 
@@ -96,8 +95,6 @@ def command(
     for bake in bakes:
         for note in bake.notes:
             out.warn(note)
-        if bake.output is None and not dry_run:
-            raise UsageError(f"{bake.mark}: there is no output; name it here, or with -o", **bake.mark.details)
     options = {
         "device": device,
         "memory": memory,
