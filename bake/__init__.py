@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bake.plan.model import Plan
     from bake.plan.recipe import AdapterChoice
     from bake.plan.selection import Selection
+    from bake.running import run_recipe
     from bake.undoing import Restored, undo
     from bake.verify.report import Report
 
@@ -45,6 +46,7 @@ __all__ = [
     "merge",
     "resize",
     "run_plan",
+    "run_recipe",
     "undo",
 ]
 
@@ -68,6 +70,7 @@ _HOMES = {
     "merge": "bake.merging",
     "resize": "bake.adapter_api",
     "run_plan": "bake.api",
+    "run_recipe": "bake.running",
     "undo": "bake.undoing",
 }
 

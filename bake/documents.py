@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bake.errors import BakeError
 from bake.merges import Method
 from bake.plan.embeddings import embeddings_folder
 from bake.plan.model import EmbeddingPlan, Merging, Plan, TensorPlan
+from bake.running import Outcome
 from bake.undoing import Restored
 from bake.verify.report import Report
 
@@ -42,6 +44,31 @@ def result_document(result: Result) -> dict[str, Any]:
         "undo": None if result.undo is None else {"file": str(result.undo), "bytes": result.undo_bytes},
         "verification": None if result.report is None else result.report.to_json(),
     }
+
+
+def run_document(recipe: Path, outcomes: Sequence[Outcome], full: bool = False) -> dict[str, Any]:
+    """What `bake run` says: every bake with what `plan` or `fuse` say of it, and the first error at the top again."""
+    failed = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
+    return {
+        "schema": SCHEMA,
+        "recipe": str(recipe),
+        "bakes": [_outcome(outcome, full) for outcome in outcomes],
+        **({} if failed is None else {"error": error_document(failed)["error"]}),
+    }
+
+
+def _outcome(outcome: Outcome, full: bool) -> dict[str, Any]:
+    bake = outcome.bake
+    facts: dict[str, Any] = {"status": "not run"}
+    if outcome.error is not None:
+        facts = {"status": "failed", "error": error_document(outcome.error)["error"]}
+    elif outcome.result is not None:
+        facts = {"status": "done", **result_document(outcome.result)}
+    elif outcome.plan is not None:
+        facts = {"status": "planned", **plan_document(outcome.plan, bake.output, full)}
+    output = None if bake.output is None else str(bake.output)
+    facts = {key: value for key, value in facts.items() if key != "schema"}
+    return {"name": bake.name, "line": bake.mark.line, "output": output, "notes": list(bake.notes), **facts}
 
 
 def report_document(output: Path, report: Report) -> dict[str, Any]:

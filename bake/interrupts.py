@@ -16,6 +16,7 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 # Outputs that this process has put into their places, and those of which it left a draft to go on with.
 finished: list[Path] = []
 kept: list[Path] = []
+due: list[Path] = []  # all that this process is to put into place, where that is known to be more than one
 RESUMABLE = "what is finished is kept: the same command with --resume goes on from there"
 
 _arrived: list[int] = []  # signals that on_signal has answered
@@ -54,6 +55,7 @@ def forget() -> None:
     _arrived.clear()
     finished.clear()
     kept.clear()
+    due.clear()
 
 
 @contextmanager

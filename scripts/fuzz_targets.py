@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import tracemalloc
@@ -34,6 +35,7 @@ from bake.io.undo import UNDO_KEY, Source, UndoReader, UndoWriter
 from bake.plan.prompt import LoraFolder, choices_from_prompt, parse_prompt
 from bake.plan.record import RECIPE_KEY, file_metadata
 from bake.plan.replay import recipe_from_record
+from bake.recipes.read import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "fixtures" / "corpus"
@@ -561,6 +563,58 @@ def _words_seeds() -> Iterable[bytes]:
     yield from (b"1.5G", b"key=value=x", b"te=fp16", b"x" * 300 + b":0.5", b"a:1:inf", b"a:te=nan", b"\xff\xfe:1")
 
 
+def _yaml(folder: Path) -> Enter:
+    """A recipe file."""
+    path = folder / "recipe.yaml"
+
+    def enter(data: bytes) -> Iterable[Act]:
+        path.write_bytes(data)
+        return [lambda: read_recipe(path)]
+
+    return enter
+
+
+def _yaml_seeds() -> Iterable[bytes]:
+    yield b"bake: 1\nbase: b\nloras:\n  - {path: a, weight: 0.5, lbw: MIDD}\n  - 'c:0.7:te=0.5'\noutput: o\n"
+    yield b"merge: &m\n  method: ties\n  models: [a]\n  parameters: {density: 0.5}\nbakes: [{merge: {<<: *m}}]\n"
+    yield b"merge_method: slerp\nmodels: [{model: .}]\nbase_model: .\nparameters:\n  t: [{filter: x, value: [0]}]\n"
+    yield b'%YAML 1.1\n---\n"a\\x41\\u0041": !!str |-\n  b\n? c\n: # d\n  - &e ~\n  - *e\n...\n'
+
+
+def _run_file(folder: Path) -> Enter:
+    """The same as a document: planned, from real files."""
+    shutil.copyfile(GOLDEN / "bases" / "wan.safetensors", folder / "base.safetensors")
+    shutil.copyfile(_for_base("wan"), folder / "lora.safetensors")
+    _golden_base("qwen2", folder)
+    path = folder / "recipe.yaml"
+
+    def enter(data: bytes) -> Iterable[Act]:
+        path.write_bytes(data)
+        return [lambda: _run("run", path, "--dry-run", "--json"), lambda: _run("run", path, "--dry-run")]
+
+    return enter
+
+
+def _run_file_seeds() -> Iterable[bytes]:
+    base, lora, output = "base.safetensors", "lora.safetensors", "out.safetensors"
+    setting = {"value": 0.5, "transformer": 1, "gradient": {"attn": [0, 1]}, "names": {"*.bias": 0}}
+    merge = {"method": "linear", "models": [base, base], "parameters": {"weight": [0.5, setting], "normalize": True}}
+    yield _dumped(
+        {"bake": 1, "base": base, "loras": [f"{lora}:0.5", {"path": lora, "weight": 2, "te": 0}], "output": output}
+    )
+    yield _dumped({"merge": merge, "more_loras": lora, "dtype": {"all": "bf16"}, "output": output})
+    yield _dumped(
+        {"base": base, "bakes": [{"output": output, "dtype": "fp32"}, {"name": "b", "base": None, "merge": merge}]}
+    )
+    yield _dumped({"base": base, "prompt": "<lora:lora:1>", "lora_dir": ".", "metadata": {"a": 1}, "seed": 3})
+    models = [{"model": "qwen2"}, {"model": "./qwen2", "parameters": {"density": 0.5, "weight": [0, 1]}}]
+    shared = {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 1}], "normalize": True, "int8_mask": True}
+    both = {"merge_method": "ties", "base_model": "qwen2/", "dtype": "float16", "tokenizer_source": "base"}
+    yield _dumped({**both, "models": models, "parameters": shared})
+    sources = [{"model": "qwen2", "layer_range": [0, 2]}, {"model": "./qwen2", "layer_range": [0, 2]}]
+    yield _dumped({"merge_method": "linear", "slices": [{"sources": sources, "parameters": {"weight": 1}}]})
+
+
 def _pickle(folder: Path) -> Enter:
     """A .pt file."""
     path = folder / "a.pt"
@@ -676,6 +730,8 @@ TARGETS = {
     "undo": Target(_undo, _undo_seeds),
     "prompt": Target(_prompt, _prompt_seeds, is_json=False),
     "words": Target(_words, _words_seeds, is_json=False),
+    "yaml": Target(_yaml, _yaml_seeds, is_json=False),
+    "run": Target(_run_file, _run_file_seeds),
     "pickle": Target(_pickle, _pickle_seeds, is_json=False),
     "adapter": Target(_adapter, _adapter_seeds),
     "base": Target(_base, _base_seeds),

@@ -2,9 +2,9 @@
 
     python scripts/gen_docs.py [--check]
 
-docs/cli.md is generated whole, from the commands themselves. In README.md, docs/formats.md, docs/blocks.md and
-docs/merging.md the blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the tables in bake/keys,
-bake/plan and bake/merges.
+docs/cli.md is generated whole, from the commands themselves. In README.md, docs/formats.md, docs/blocks.md,
+docs/merging.md and docs/recipes.md the blocks between `<!-- generated: NAME -->` and `<!-- end -->` are, from the
+tables in bake/keys, bake/plan, bake/merges and bake/recipes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from bake.keys.factors import ALGORITHMS, SCALARS, SUFFIXES, Algorithm, split_ke
 from bake.merges import METHODS, Parameter
 from bake.plan.presets import ALIASES, PRESETS
 from bake.plan.recipe import is_text_encoder
+from bake.recipes.format import LORA, MERGE, RECIPE
+from bake.recipes.kinds import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -207,6 +209,11 @@ def merge_parameters() -> str:
     return table(("parameter", "of", "meaning", "range", "default"), sorted(rows))
 
 
+def recipe_keys(record: Record) -> str:
+    """The keys of a mapping in a recipe."""
+    return table(("key", "meaning"), [(f"`{each.key}`", each.meaning) for each in record.fields])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "algorithms": algorithms,
     "prefixes": prefixes,
@@ -218,6 +225,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "block-schemes": block_schemes,
     "merge-methods": merge_methods,
     "merge-parameters": merge_parameters,
+    "recipe-keys": lambda: recipe_keys(RECIPE),
+    "recipe-lora-keys": lambda: recipe_keys(LORA),
+    "recipe-merge-keys": lambda: recipe_keys(MERGE),
 }
 
 
@@ -270,7 +280,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if a page is stale")
     check = parser.parse_args().check
     pages = {ROOT / "docs" / "cli.md": command_page()}
-    for page in ("README.md", "docs/formats.md", "docs/blocks.md", "docs/merging.md"):
+    for page in ("README.md", "docs/formats.md", "docs/blocks.md", "docs/merging.md", "docs/recipes.md"):
         path = ROOT / page
         pages[path] = fill(path.read_text(encoding="utf-8"))
     for path, content in pages.items():

@@ -62,7 +62,7 @@ class Case:
 
     name: str
     # base, adapter: what it is given as. baked: it is verified by its own recipe. undone: out.safetensors in it is
-    # undone. prompt: there is no file
+    # undone. run: it is a recipe itself. prompt: there is no file
     role: str
     exit: int
     says: str  # part of the message
@@ -545,9 +545,52 @@ def prompts() -> Iterator[Case]:
     yield case("ranks-zero", "<lora:adapter:1:1:0>", "at least 1")
 
 
+def recipe_files() -> Iterator[Case]:
+    """Files for `bake run`, beside good/."""
+    base, lora = "good/base.safetensors", "good/adapter.safetensors"
+    good = f"base: {base}\nloras: [{lora}]\noutput: work/out.safetensors\n"
+
+    def case(what: str, says: str, content: str | bytes, exit: int = MALFORMED) -> Case:
+        data = content if isinstance(content, bytes) else content.encode()
+        return Case(f"yaml-{what}", "run", exit, says, files={"": data}, suffix=".yaml")
+
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 9)
+    )
+    yield case("good", "", good, FINE)
+    yield case("empty", "the file is empty", "")
+    yield case("open-quote", "not valid YAML", good + "name: 'mine\n")
+    yield case("bad-utf8", "not UTF-8", b"base: \xff\n")
+    yield case("control-character", "YAML does not allow", b"base: \x07\n")
+    yield case("nul", "control character", 'base: "a\\0b"\n')
+    yield case("half-a-character", "control character", 'base: "\\uD800"\n')
+    yield case("no-character", "not valid YAML", 'base: "\\UFFFFFFFF"\n')
+    yield case("version-of-5000-digits", "not valid YAML", "%YAML 1." + "9" * 5000 + "\n---\nbase: a\n")
+    yield case("nesting", "nested deeper", "loras: " + "[" * 5_000)
+    yield case("alias-bomb", "aliases written out", bomb)
+    yield case("alias-of-itself", "aliases written out", "loras: &a [*a]\n")
+    yield case("merge-of-itself", "aliases written out", "merge: &a {<<: *a}\n")
+    yield case("tag-system", "tags", "base: !!python/object/apply:os.system ['touch owned']\n")
+    yield case("tag-module", "tags", "!!python/module:os\n")
+    yield case("tag-env", "tags", "base: !ENV ${HOME}\n")
+    yield case("key-twice", "stands here twice", good + f"base: {lora}\n")
+    yield case("key-is-a-list", "a key is one word", "? [a]\n: b\n")
+    yield case("two-documents", "single document", good + "---\n" + good)
+    yield case("list", "a mapping, was expected", "- base\n", USAGE)
+    yield case("key-unknown", "is it loras?", good.replace("loras:", "lora:"), USAGE)
+    yield case("home", "there is no such file", good.replace(base, "$HOME/base.safetensors"))
+    yield case("name-too-long", "a path of 5000 characters", good.replace(base, "b" * 5000), USAGE)
+    yield case("weight-nan", "not a finite number", good.replace(f"[{lora}]", f"{{path: {lora}, weight: .nan}}"), USAGE)
+    yield case("weight-overflows", "not a finite number", good.replace(lora, f"{lora}:1e999"), USAGE)
+    yield case("number-of-5000-digits", "a whole number was expected", good + f"seed: {'9' * 5000}\n", USAGE)
+    yield case("mergekit-hub", "bake downloads nothing", "merge_method: linear\nmodels: [{model: someone/model}]\n")
+    yield case("mergekit-climbs", "there is no such folder", "merge_method: linear\nmodels: [{model: ../../x}]\n")
+    yield case("mergekit-models-number", "a list of models", "merge_method: linear\nmodels: 1\n", USAGE)
+
+
 def make_cases() -> list[Case]:
     """Every case."""
-    kinds = (headers, indexes, configurations, numbers, pickles, recipes, undos, prompts)
+    kinds = (headers, indexes, configurations, numbers, pickles, recipes, undos, prompts, recipe_files)
     return [case for kind in kinds for case in kind()]
 
 

@@ -69,12 +69,18 @@ def test_a_hostile_file_is_refused_by_every_command_and_nothing_is_written(case:
     exit_code, says = case["exit"], case["says"]
     if case["role"] == "undone":
         judge(bake("undo", given / "out.safetensors", "-o", output), exit_code, says)
+    elif case["role"] == "run":
+        judge(bake("run", given, "--dry-run"), exit_code, says)
+        judge(bake("run", given), exit_code, says)
     elif "path" in case:
         judge(bake("inspect", given), case.get("inspect", exit_code), says)
         as_json = bake("inspect", given, "--json")
         assert as_json.code == case.get("inspect", exit_code)
         assert as_json.json.get("error", {"exit": 0})["exit"] == as_json.code
-    if case["role"] == "baked":
+    if case["role"] == "run":
+        as_json = bake("run", given, "--overwrite", "--json")
+        assert as_json.code == as_json.json.get("error", {"exit": 0})["exit"] == exit_code
+    elif case["role"] == "baked":
         judge(bake("verify", given), exit_code, says)
     elif case["role"] != "undone":
         judge(bake("plan", *request), 0 if exit_code == 7 and case.get("inspect") == 0 else exit_code, says)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import KOHYA_LORA, ROOT, SD1_BASE
+from support import FIXTURES, KOHYA_LORA, ROOT, SD1_BASE
 
 PACKAGE = ROOT / "bake"
 
@@ -28,6 +28,7 @@ ALLOWED = {
     "merges": {"errors", "draws"},
     "identify": {"errors", "io", "keys"},
     "plan": {"errors", "dtypes", "garbage", "io", "keys", "identify", "merges"},
+    "recipes": {"errors", "dtypes", "sizes", "io", "keys", "merges", "plan"},
     "execute": {
         "errors",
         "dtypes",
@@ -48,16 +49,18 @@ ALLOWED = {
     "api": {"errors", "interrupts", "io", "plan", "execute", "verify", "progress"},
     "merging": {"api", "plan", "execute", "progress"},
     "undoing": {"errors", "api", "execute", "io", "progress"},
+    "running": {"errors", "interrupts", "sizes", "io", "keys", "plan", "recipes", "api", "progress"},
     "adapter_api": {"errors", "io", "keys", "identify", "plan", "execute", "progress"},
     "adapter_documents": {"adapter_api", "documents", "plan"},
     "doctor": {"errors", "io", "keys", "identify", "plan"},
     "norms": {"errors", "io", "keys", "identify", "adapters"},
     "inspection": {"errors", "io", "keys", "identify", "plan", "doctor", "norms"},
     "bugreport": {"errors", "io", "keys", "inspection"},
-    "documents": {"errors", "api", "plan", "undoing", "verify", "merges"},
+    "documents": {"errors", "api", "plan", "undoing", "verify", "merges", "recipes", "running"},
     "cli": {
         *("errors", "dtypes", "interrupts", "sizes", "progress", "keys", "identify", "plan", "verify", "merges"),
         *("api", "documents", "adapter_api", "adapter_documents", "inspection", "bugreport", "merging", "undoing"),
+        *("recipes", "running"),
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "interrupts", "sizes", "progress", "keys", "plan")
@@ -144,6 +147,8 @@ def test_torch_is_imported_where_payload_is_touched_and_nowhere_else(path: Path)
         ["extract", "--help"],
         ["extract", str(SD1_BASE), str(SD1_BASE), "--dry-run", "-o", str(ROOT / "never.safetensors")],
         ["plan", str(SD1_BASE), "-l", str(KOHYA_LORA)],
+        ["run", str(FIXTURES / "recipes" / "styles.yaml"), "--dry-run"],
+        ["schema"],
         ["inspect", str(KOHYA_LORA), "--against", str(SD1_BASE)],
         ["inspect", str(SD1_BASE), "--json"],
     ],

@@ -18,12 +18,13 @@ import click
 from bake import __version__
 from bake.cli.text import printable
 from bake.errors import BakeError, Interrupted, OutputRefused, UsageError
-from bake.interrupts import RESUMABLE, Stopped, check, finished, forget, kept, listen, on_signal
+from bake.interrupts import RESUMABLE, Stopped, check, due, finished, forget, kept, listen, on_signal
 
 # name -> module; `bake --help` lists them in this order
 COMMANDS = {
     "fuse": "bake.cli.fuse",
     "merge": "bake.cli.merge",
+    "run": "bake.cli.run",
     "plan": "bake.cli.plan",
     "inspect": "bake.cli.inspect",
     "verify": "bake.cli.verify",
@@ -32,12 +33,14 @@ COMMANDS = {
     "resize": "bake.cli.resize",
     "combine": "bake.cli.combine",
     "convert": "bake.cli.convert",
+    "schema": "bake.cli.schema",
     "env": "bake.cli.env",
     "completion": "bake.cli.completion",
 }
 _SUMMARIES = {
     "fuse": "Fuse adapters into BASE and write a new checkpoint.",
     "merge": "Merge MODELs by METHOD and write a new checkpoint.",
+    "run": "Do the bakes of the file RECIPE, one or many.",
     "plan": "Say what fuse would do with BASE, from headers alone.",
     "inspect": "Say what FILE is and what is inside.",
     "verify": "Recompute OUTPUT from its inputs in float64 and compare.",
@@ -46,6 +49,7 @@ _SUMMARIES = {
     "resize": "Write LORA with other ranks.",
     "combine": "Write one LoRA for several.",
     "convert": "Write LORA in the names of another dialect.",
+    "schema": "Print the JSON Schema of recipe files.",
     "env": "Print versions and devices, for bug reports.",
     "completion": "Print the completion script of SHELL.",
 }
@@ -80,6 +84,7 @@ def cli() -> None:
     \b
     bake fuse base.safetensors -l style.safetensors:0.8 -o fused.safetensors
     bake merge weighted_sum a.safetensors b.safetensors -p alpha=0.3 -o merged.safetensors
+    bake run styles.yaml
 
     Exit codes: 0 done, 1 a bug in bake, 2 usage, 3 unreadable input, 4 adapter modules unmatched,
     5 shapes or families that do not fit, 6 recognised but not supported, 7 non-finite numbers,
@@ -88,10 +93,11 @@ def cli() -> None:
 
 
 def _fate() -> str:
-    """What became of the output of an interrupted run."""
-    if finished:
-        return f"{finished[-1]} is complete"
-    return f"the output is as it was before{f'; {RESUMABLE}' if kept else ''}"
+    """What became of the output of an interrupted run, or of its outputs."""
+    resumable = f"; {RESUMABLE}" if kept else ""
+    if len(due) > 1:
+        return f"{len(finished)} of {len(due)} outputs are complete, the others are as they were before{resumable}"
+    return f"{finished[-1]} is complete" if finished else f"the output is as it was before{resumable}"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

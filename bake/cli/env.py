@@ -14,7 +14,7 @@ from bake.cli.options import output_options
 from bake.cli.output import Output
 from bake.documents import SCHEMA
 
-_PACKAGES = ("torch", "safetensors", "numpy", "click", "tqdm")
+_PACKAGES = ("torch", "safetensors", "numpy", "click", "tqdm", "PyYAML")
 
 
 @click.command("env")

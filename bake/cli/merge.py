@@ -19,10 +19,11 @@ from bake.cli.options import (
     stack,
 )
 from bake.cli.output import Output
-from bake.cli.parameters import ParameterSetting, Setting, joined
+from bake.cli.parameters import ParameterSetting, joined
 from bake.cli.request import chosen_components, chosen_dtypes
 from bake.errors import UsageError
 from bake.merges import METHODS
+from bake.plan.words import Typed
 
 _merge_options = stack(
     click.option(
@@ -91,7 +92,7 @@ _merge_options = stack(
 def command(
     method: str | None,
     models: Sequence[Path],
-    settings: Sequence[tuple[str, int | None, Setting]],
+    settings: Sequence[tuple[str, int | None, Typed]],
     base: Path | None,
     only: Sequence[str],
     allow_missing: bool,

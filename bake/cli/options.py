@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,96 +9,27 @@ from typing import Any, TypeVar
 import click
 
 from bake.dtypes import OUTPUT_DTYPES
-from bake.errors import Unsupported, UsageError
-from bake.plan.prompt import STEPS
+from bake.errors import UsageError
 from bake.plan.recipe import EMBEDDING_MODES, EVERY, ROUNDINGS, AdapterChoice
-from bake.plan.selection import Selection
+from bake.plan.words import parse_adapter
 from bake.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
-_WEIGHT_KEYS = ("te", "unet")
-# What -l calls it -> what Selection.parse does. lbwe= takes the rest of the word.
-SELECTION_KEYS = {"lbw": "values", "blocks": "scheme", "names": "names", "gradient": "gradient", "lbwe": "rules"}
-_RULES = ":lbwe="
 _DTYPES = ("keep", *OUTPUT_DTYPES)
 
 
 class Weighted(click.ParamType):
-    """LORA[:WEIGHT][:KEY=VALUE]..., read from the right, so that ':' in paths does no harm."""
+    """LORA[:WEIGHT][:KEY=VALUE]..."""
 
     name = "lora"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterChoice:
         if isinstance(value, AdapterChoice):
             return value
-        text = str(value)
-        weight: float | None = None
-        named: dict[str, float] = {}
-        selected: dict[str, str] = {}
-        if not os.path.exists(text):
-            text, found, rules = text.partition(_RULES)  # rules have colons of their own, so they come last
-            selected = {"lbwe": rules} if found else {}
-        while not os.path.exists(text) and ":" in text:
-            head, _, last = text.rpartition(":")
-            key, equals, setting = last.partition("=")
-            if equals:
-                if key in STEPS:
-                    raise Unsupported(f"{value}: {key}= switches a LoRA during sampling; a checkpoint cannot do that")
-                if key not in (*_WEIGHT_KEYS, "dyn", *SELECTION_KEYS):
-                    known = ", ".join(f"{each}=" for each in (*_WEIGHT_KEYS, "dyn", *SELECTION_KEYS))
-                    self.fail(f"{value}: unknown setting {key}=; known are {known}", param, ctx)
-                if key in named or key in selected:
-                    self.fail(f"{value}: {key}= is given twice", param, ctx)
-                if key in SELECTION_KEYS:
-                    selected[key] = setting
-                else:
-                    named[key] = self._number(setting, value, param, ctx)
-            elif is_number(last):
-                if weight is not None:
-                    self.fail(f"{value}: two weights; use te= and unet= for different ones", param, ctx)
-                weight = self._number(last, value, param, ctx)
-            else:
-                break
-            text = head
-        limit = named.pop("dyn", None)
-        if limit is not None and (limit != int(limit) or limit < 1):
-            self.fail(f"{value}: dyn= is a whole number of ranks", param, ctx)
-        return AdapterChoice(
-            Path(text),
-            1.0 if weight is None else weight,
-            **named,
-            rank_limit=None if limit is None else int(limit),
-            selection=self._selection(selected, value, param, ctx),
-        )
-
-    def _selection(
-        self, selected: dict[str, str], value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Selection | None:
-        if not selected:
-            return None
-        for key, setting in selected.items():
-            if not setting.strip():
-                self.fail(f"{value}: nothing after {key}=", param, ctx)
-        if "blocks" in selected and "lbw" not in selected:
-            self.fail(f"{value}: blocks= says how lbw= is read, and there is no lbw=", param, ctx)
         try:
-            return Selection.parse(**{SELECTION_KEYS[key]: setting for key, setting in selected.items()})
+            return parse_adapter(str(value))
         except UsageError as error:
-            self.fail(f"{value}: {error.message}", param, ctx)
-
-    def _number(self, text: str, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if not is_number(text) or not math.isfinite(float(text)):
-            self.fail(f"{value}: {text!r} is not a finite number", param, ctx)
-        return float(text)
-
-
-def is_number(text: str) -> bool:
-    """True for what Python reads as a number."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+            self.fail(error.message, param, ctx)
 
 
 class Size(click.ParamType):

@@ -80,7 +80,11 @@ class Output:
         """What was done."""
         if self.as_json:
             self.document(result_document(result))
-        elif not self.quiet:
+        self.tell_result(result)
+
+    def tell_result(self, result: Result) -> None:
+        """The same for people, and what they should be warned of."""
+        if not (self.as_json or self.quiet):
             self._describe(result.plan, result.output)
             size = format_bytes(result.bytes_written)
             self.line("wrote", f"{result.output}: {_tensor_counts(result.plan)}, {size} in {result.seconds:.1f} s")

@@ -9,7 +9,7 @@ from bake import api
 from bake.cli.output import Output
 from bake.errors import UsageError
 from bake.plan.model import Plan
-from bake.plan.prompt import LoraFolder, choices_from_prompt, parse_prompt
+from bake.plan.prompt import LoraFolder, adapters_from_prompt, parse_prompt
 from bake.plan.recipe import AdapterChoice
 
 
@@ -21,15 +21,12 @@ def chosen_adapters(
     if prompt is not None:
         if lora_dir is None:
             raise UsageError("--prompt needs --lora-dir DIR, the folder with the LoRAs it names")
-        parsed = parse_prompt(prompt)
-        choices += choices_from_prompt(parsed, LoraFolder(lora_dir))
-        names = [tag.name for tag in parsed.tags]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            out.warn(f"{name} is in the prompt {names.count(name)} times; its weights are added up")
-        for other in parsed.others:
-            out.warn(f"{other} is not a LoRA tag; it stays in the prompt")
+        named, notes = adapters_from_prompt(prompt, LoraFolder(lora_dir))
+        choices += named
+        for note in notes:
+            out.warn(note)
         if not (out.as_json or out.quiet):
-            out.line("prompt", parsed.rest or "(nothing but LoRA tags)")
+            out.line("prompt", parse_prompt(prompt).rest or "(nothing but LoRA tags)")
     elif lora_dir is not None:
         raise UsageError("--lora-dir is for --prompt; name single files with -l")
     return choices

@@ -235,3 +235,15 @@ def choices_from_prompt(prompt: Prompt, folder: LoraFolder) -> tuple[AdapterChoi
         )
         for tag in prompt.tags
     )
+
+
+def adapters_from_prompt(text: str, folder: LoraFolder) -> tuple[tuple[AdapterChoice, ...], tuple[str, ...]]:
+    """The adapters that a prompt means, and what is worth a warning about it. Raises as `parse_prompt` and `find`."""
+    prompt = parse_prompt(text)
+    names = [tag.name for tag in prompt.tags]
+    notes = [
+        f"{name} is in the prompt {names.count(name)} times; its weights are added up"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    notes += [f"{other} is not a LoRA tag; it stays in the prompt" for other in prompt.others]
+    return choices_from_prompt(prompt, folder), tuple(notes)
