@@ -19,6 +19,7 @@ from bake.progress import Progress
 
 if TYPE_CHECKING:
     from bake.execute.merging.pipeline import MergeRun
+    from bake.execute.merging.plain import PlainMergeRun
     from bake.execute.plain.pipeline import PlainRun
 
 _COPY_BUFFER = 4 * 1024 * 1024
@@ -50,12 +51,9 @@ class Execution:
         self._task = Task(plan, targets, files, options, progress, outgrows_memory(plan), journal)
         self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
         self._plain: PlainRun | None = None
-        self._merge: MergeRun | None = None
+        self._merge: MergeRun | PlainMergeRun | None = None
         if self._computes and plan.merge is not None:
-            with without_collecting():
-                from bake.execute.merging.pipeline import MergeRun  # brings torch
-
-            self._merge = MergeRun(self._task)
+            self._merge = _merge_run(self._task)
         elif self._computes:
             from bake.execute.plain.pipeline import PlainRun, suits  # brings NumPy
 
@@ -106,6 +104,17 @@ class Execution:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _merge_run(task: Task) -> MergeRun | PlainMergeRun:
+    """The workers of a merge."""
+    with without_collecting():
+        from bake.execute.merging import plain  # brings NumPy, and torch with the maths of most methods
+
+        is_plain = plain.suits(task.plan, task.options.device)
+        if not is_plain:
+            from bake.execute.merging.pipeline import MergeRun  # brings torch
+    return plain.PlainMergeRun(task) if is_plain else MergeRun(task)
 
 
 def _shares(found: list[tuple[str, Survival]], by_chance: bool) -> dict[str, float]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from bake.dtypes import DTYPES
-from bake.errors import Mismatch, NonFinite
+from bake.errors import Mismatch
 from bake.execute.chunk import chunk_height
 from bake.execute.device import Desk, Device
+from bake.execute.merging.maths import refusal_of_result
 from bake.execute.merging.reader import Reader
 from bake.execute.rounding import Rounding, has_nonfinite, settle_wide
 from bake.io.fileset import FileSet
 from bake.io.payload import as_bytes
-from bake.merges import METHODS
-from bake.merges.merge import Job, Merge
+from bake.merges.merge import Merge
 from bake.plan.model import Plan, TensorPlan
 
 
@@ -28,14 +28,6 @@ class Finished(NamedTuple):
     begin: int  # flat index of their first element
     data: memoryview  # until the next ones are made
     clamped: int  # elements beyond the largest 8-bit number, which stands in
-
-
-def merge_of(plan: Plan, tensor: TensorPlan) -> Merge:
-    """The maths of one tensor."""
-    step = tensor.merge
-    assert step is not None
-    job = Job(step.name, tensor.shape, step.roles, step.parameters, plan.seed)
-    return METHODS[step.method].load()(job)
 
 
 class MergedTensor:
@@ -78,7 +70,7 @@ class MergedTensor:
             begin = first * self.merge.view[1]
             out = self._rounded(values, begin, desk)
             if has_nonfinite(out):
-                self._refuse(values)
+                raise refusal_of_result(self.tensor, float(values.abs().max()))
             target = DTYPES[self.tensor.dtype]
             clamped = int((values.abs() >= target.overflow).sum()) if target.bits == 8 else 0
             yield Finished(begin, as_bytes(self._on_host(out, desk)), clamped)
@@ -104,16 +96,6 @@ class MergedTensor:
         finished.copy_(out)
         self._device.wait()
         return finished
-
-    def _refuse(self, values: Tensor) -> None:
-        name, target = self.tensor.name, DTYPES[self.tensor.dtype]
-        if bool(torch.isfinite(values).all()):
-            raise NonFinite(
-                f"{name}: the result reaches {float(values.abs().max()):.6g}, {self.tensor.dtype} ends at "
-                f"{target.largest:g}. Choose other parameters, or write a wider dtype (--dtype bf16 or fp32).",
-                tensor=name,
-            )
-        raise NonFinite(f"{name}: the result is not finite: the parameters are far too large", tensor=name)
 
 
 @contextmanager
