@@ -60,7 +60,7 @@ def _checked(
 ) -> Iterator[tuple[TensorPlan, Report]]:
     """Each computed tensor that is looked at, with what was found."""
     if plan.merge is not None:
-        from bake.verify.merges import check_merged  # brings torch
+        from bake.verify.merges import check_merged  # brings NumPy, and torch with the maths of most methods
 
         return check_merged(plan, tensors, full, output, files)
     from bake.verify.numeric import check_tensors  # brings NumPy

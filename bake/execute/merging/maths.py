@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 
 def pieces(share: Share, begin: int, end: int) -> Iterator[Piece]:
-    """What the elements [begin, end) of a model consist of; it may have them in several tensors, one after the other."""
+    """What the elements [begin, end) of a model consist of: it may have them in several tensors, one by one."""
     at = 0  # flat index of the first element of `stored`
     for stored in share.stored:
         count = math.prod(stored.shape)
