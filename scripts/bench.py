@@ -4,8 +4,9 @@
         [--peer-python [NAME=]PYTHON ...] [--kohya CHECKOUT] [--names LIST.json ...]
 
 What is measured: whole fresh processes, from the start of the interpreter to the exit, in turn A B A B: `cp` of the
-base, `python -c "import torch"`, `bake` with its default settings, and whatever other tools can be imported, each by
-its script in scripts/peers, with the interpreter given for it. What cannot run is named with its reason.
+base, or of both models of a merge, `python -c "import torch"`, `bake` with its default settings, and whatever other
+tools can be imported, each by its script in scripts/peers, with the interpreter given for it. What cannot run is named
+with its reason.
 
 What is kept equal: before each run the old output is removed (every tool writes a new file), the disks are synced,
 the inputs are read into the page cache, and a child process touches free memory and lets it go. Without the last,
@@ -50,6 +51,7 @@ class Case:
     model: str  # of bench_models; "" for none
     adapters: tuple[str, ...] = ()  # KIND:RANK:OVER:WEIGHT
     verb: str = "fuse"
+    merge: float | None = None  # how much of a second model is wanted, for the verb merge
 
 
 CASES = {
@@ -61,6 +63,8 @@ CASES = {
     "loha": Case("sd15", ("loha:8:everything:1",)),
     "lokr": Case("sd15", ("lokr:8:everything:1",)),
     "dora": Case("sd15", ("dora:16:attention:1",)),
+    "merge": Case("sd15", verb="merge", merge=0.5),
+    "merge-llm": Case("llm", verb="merge", merge=0.5),
     "plan": Case("sdxl", ("lora:128:everything:0.8",), "plan"),
     "help": Case("", (), "--help"),
 }
@@ -230,9 +234,9 @@ class Bench:
         here.mkdir(parents=True)
         job = self._make(case, here)
         commands = self._commands(case, job, here)
-        if extras and case.verb == "fuse":
+        if extras and case.verb in ("fuse", "merge"):
             commands |= self._peers(name, job, here)
-        inputs = [Path(job["base"]), *(Path(adapter["path"]) for adapter in job["adapters"])] if job else []
+        inputs = [Path(path) for path in _models(job)] + [Path(each["path"]) for each in job.get("adapters", ())]
         done = {command: Measured() for command in commands}
         for number in range(self.arguments.runs):
             for command, how in commands.items():
@@ -254,6 +258,8 @@ class Bench:
         words += ["--model", case.model, "--scale-down", str(self.arguments.scale_down)]
         for adapter in case.adapters:
             words += ["--adapter", adapter]
+        if case.merge is not None:
+            words += ["--merge", str(case.merge)]
         subprocess.run(words, check=True, cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL)
         job: dict[str, Any] = json.loads((here / "job.json").read_text("utf-8"))
         return job
@@ -264,6 +270,8 @@ class Bench:
         if not job:
             return {"python": Command((sys.executable, "-c", "pass")), "bake": Command((*bake, case.verb))}
         base = job["base"]
+        if case.verb == "merge":
+            return self._merge_commands(job, here)
         words = [case.verb, base]
         for adapter in job["adapters"]:
             words += ["-l", f"{adapter['path']}:{adapter['weight']}"]
@@ -282,6 +290,21 @@ class Bench:
             for name, options in VARIANTS.items():
                 found[name] = Command((*fuse.words, *options), output, may_fail=True)
         return found
+
+    def _merge_commands(self, job: Mapping[str, Any], here: Path) -> dict[str, Command]:
+        """The merge of a case, and what it is compared with."""
+        models, bake = _models(job), (sys.executable, "-m", "bake")
+        output = here / ("out" if Path(job["base"]).is_dir() else "out.safetensors")
+        copies = here / "copies"
+        full = ["--full"] if self.arguments.every == 1 else []
+        merge = (*bake, "merge", "weighted_sum", *models, "-p", f"alpha={job['alpha']}", "-o", str(output), "-q")
+        verify = (*bake, "verify", str(output), *full, "--json")
+        copy = 'mkdir "$0" && for model in "$@"; do cp -r "$model" "$0/$((n += 1))"; done'
+        return {
+            "cp": Command(("sh", "-c", copy, str(copies), *models), copies),
+            "import torch": Command((sys.executable, "-c", "import torch")),
+            "bake": Command(merge, output, verify=verify, judged=True),
+        }
 
     def _peers(self, name: str, job: Mapping[str, Any], here: Path) -> dict[str, Command]:
         """The other tools that can do this case."""
@@ -341,6 +364,11 @@ class Bench:
         result.exact = said_by([sys.executable, *words])
         if how.verify:
             result.verified = said_by(how.verify)
+
+
+def _models(job: Mapping[str, Any]) -> tuple[str, ...]:
+    """The job's checkpoints."""
+    return tuple(job[model] for model in ("base", "other") if model in job)
 
 
 def _pythons(given: Sequence[str]) -> tuple[dict[str, str], str]:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,8 +112,25 @@ class Term:
         return np.asarray(new * self.factor("dora_scale").values() / lengths)
 
 
-def read_terms(job: Mapping[str, Any]) -> dict[str, list[Term]]:
+class Mix:
+    """The tensor of a second model, of which some is wanted."""
+
+    def __init__(self, other: Place, alpha: float) -> None:
+        self.first, self.last = 0, None
+        self._other, self._alpha = other, alpha
+
+    def apply(self, old: Floats, shape: tuple[int, ...]) -> Floats:
+        """All rows of the weighted sum."""
+        del shape
+        return np.asarray((self._other.values() - old) * self._alpha + old)
+
+
+def read_terms(job: Mapping[str, Any]) -> dict[str, list[Term]] | dict[str, list[Mix]]:
     """tensor name of the job's base -> what is done to it."""
+    if "other" in job:
+        base, other = (read_places(Path(job[model])) for model in ("base", "other"))
+        changed = (name for name, place in base.items() if not np.array_equal(place.raw(), other[name].raw()))
+        return {name: [Mix(other[name], job["alpha"])] for name in changed}
     found: dict[str, list[Term]] = {}
     for adapter in job["adapters"]:
         by_module: dict[str, dict[str, Place]] = {}
@@ -133,12 +150,12 @@ def _heads(key: str) -> Iterator[str]:
         head, dot, _ = head.rpartition(".")
 
 
-def expected(old: Place, terms: list[Term]) -> Floats:
+def expected(old: Place, terms: Sequence[Term | Mix]) -> Floats:
     """The exact new values of one tensor, as a matrix."""
     new = old.values()
     for term in terms:
         rows = slice(term.first, term.last)
-        new[rows] = term.apply(new[rows], (term.last - term.first, *old.shape[1:]))
+        new[rows] = term.apply(new[rows], (len(new[rows]), *old.shape[1:]))
     return new
 
 

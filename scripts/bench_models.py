@@ -1,9 +1,11 @@
 """Make the models and adapters that scripts/bench.py measures: real names and shapes, random values.
 
     python scripts/bench_models.py FOLDER --model sd15 --adapter lora:32:attention:0.8 [--scale-down 32]
+    python scripts/bench_models.py FOLDER --model sd15 --merge 0.5
 
 writes FOLDER/sd15.safetensors (or FOLDER/llm/), the adapters, and FOLDER/job.json, which says what is where
-and which tensor each adapter module belongs to, so that results can be judged without bake's own tables.
+and which tensor each adapter module belongs to, so that results can be judged without bake's own tables. --merge
+writes a second model instead of adapters, FOLDER/tuned/sd15.safetensors, and says how much of it is wanted.
 
 A model is sd15, sdxl, llm, or the path of a name list: JSON, perhaps gzipped, with "tensors"
 {name: [dtype, shape]} in file order and "about" {"layout", "files" {path: count}, "config" {path: JSON}}.
@@ -43,6 +45,7 @@ from bake.keys import unet
 
 WEIGHT_SPREAD = 0.02  # standard deviation of every weight
 UPDATE_SHARE = 0.02  # root mean square of an update at weight 1, over that of the weights
+TUNED_SHARE = 0.1  # the same of what a second model has learned
 LOKR_FACTOR = 8  # of LyCORIS: the size of the small Kronecker factor
 _POOL = 4_194_301  # random values, used over and over; prime, so that the rows of a tensor do not repeat
 _SMALLEST = 64  # dimensions up to this are not scaled down: kernels, channels of images
@@ -173,16 +176,19 @@ def _listed(path: Path) -> Model:
     return Model(path.name.split(".")[0], files, config, about["layout"])
 
 
-def write_model(model: Model, folder: Path) -> Path:
-    """Write `model` into `folder` under its own name; return the path of the file or folder."""
+def write_model(model: Model, folder: Path, tuned: float = 0.0) -> Path:
+    """Write `model` into `folder` under its own name; return the path of the file or folder.
+
+    tuned: what it has learned beyond the same one with 0, in root mean squares of the weights.
+    """
     if set(model.files) == {""}:
         path = folder / f"{model.name}.safetensors"
-        _write_file(path, _random_values(model.files[""]), {"format": "pt"})
+        _write_file(path, _random_values(model.files[""]), {"format": "pt"}, tuned=tuned)
         return path
     path, indexes = folder / model.name, dict[str, dict[str, Any]]()
     for relative, tensors in model.files.items():
         (path / relative).parent.mkdir(parents=True, exist_ok=True)
-        _write_file(path / relative, _random_values(tensors), {"format": "pt"})
+        _write_file(path / relative, _random_values(tensors), {"format": "pt"}, tuned=tuned)
         shard = re.fullmatch(r"(.*)-\d+-of-\d+\.safetensors", relative)
         if shard is not None:
             index = indexes.setdefault(f"{shard[1]}.safetensors.index.json", {"metadata": {}, "weight_map": {}})
@@ -201,7 +207,11 @@ def _random_values(tensors: Tensors) -> Values:
 
 
 def _write_file(
-    path: Path, values: Values, metadata: Mapping[str, str], center: Mapping[str, float] | None = None
+    path: Path,
+    values: Values,
+    metadata: Mapping[str, str],
+    center: Mapping[str, float] | None = None,
+    tuned: float = 0.0,
 ) -> None:
     """A safetensors file of normal random values; each tensor starts at its own place of the pool."""
     placed = lay_out((name, dtype, shape) for name, (dtype, shape, _) in values.items())
@@ -210,8 +220,15 @@ def _write_file(
         file.write(build_header(placed, metadata))
         for name, info in placed.items():
             spread, middle = values[name][2], (center or {}).get(name, 0.0)
+            learned = tuned if is_learned(name) else 0.0
             for piece in _pieces(pool, name, math.prod(info.shape)):
-                file.write(to_bytes(piece * np.float32(spread) + np.float32(middle), info.dtype))
+                weights = piece * np.float32(spread) + np.float32(middle)
+                file.write(to_bytes(weights + piece[::-1] * np.float32(learned * spread), info.dtype))
+
+
+def is_learned(name: str) -> bool:
+    """True for tensors that training changes: constants lie outside of all parts of a model."""
+    return "." in name and not name.startswith("model_ema.")
 
 
 def _pieces(pool: np.ndarray[Any, np.dtype[np.float32]], name: str, count: int) -> Iterator[Any]:
@@ -396,17 +413,20 @@ _FACTORS = {"lora": _kohya_lora, "loha": _loha, "lokr": _lokr, "dora": _dora, "p
 # ---- jobs
 
 
-def make(folder: Path, name: str, adapters: Sequence[Adapter], models: Path, scale_down: int = 1) -> Path:
-    """Write the model into `models` unless it is there, adapters and job.json into `folder`; return the job's path."""
+def make(
+    folder: Path,
+    name: str,
+    adapters: Sequence[Adapter],
+    models: Path,
+    scale_down: int = 1,
+    merge: float | None = None,
+) -> Path:
+    """Write the model into `models` unless it is there, adapters and job.json into `folder`; return the job's path.
+
+    merge: how much is wanted of a second model, which is written into `models`/tuned.
+    """
     model = build_model(name, scale_down)
-    single = set(model.files) == {""}
-    base = models / (f"{model.name}.safetensors" if single else model.name)
-    if not base.exists():
-        unfinished = models / f"unfinished-{model.name}"  # what a killed run leaves is never taken for a model
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        write_model(model, unfinished).rename(base)
-        unfinished.rmdir()
+    base = _made(model, models)
     if model.layout == "hf":  # language models: a folder with a configuration
         adapters = [replace(adapter, kind="peft") if adapter.kind == "lora" else adapter for adapter in adapters]
     described = [
@@ -415,9 +435,26 @@ def make(folder: Path, name: str, adapters: Sequence[Adapter], models: Path, sca
         )
         for number, adapter in enumerate(adapters)
     ]
+    content: dict[str, Any] = {"model": model.name, "base": str(base), "adapters": described}
+    if merge is not None:
+        (models / "tuned").mkdir(exist_ok=True)
+        content |= {"other": str(_made(model, models / "tuned", TUNED_SHARE)), "alpha": merge}
     job = folder / "job.json"
-    job.write_text(json.dumps({"model": model.name, "base": str(base), "adapters": described}), encoding="utf-8")
+    job.write_text(json.dumps(content), encoding="utf-8")
     return job
+
+
+def _made(model: Model, models: Path, tuned: float = 0.0) -> Path:
+    """Where the model is in `models`, made if it was not there."""
+    single = set(model.files) == {""}
+    path = models / (f"{model.name}.safetensors" if single else model.name)
+    if not path.exists():
+        unfinished = models / f"unfinished-{model.name}"  # what a killed run leaves is never taken for a model
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        write_model(model, unfinished, tuned).rename(path)
+        unfinished.rmdir()
+    return path
 
 
 def main() -> None:
@@ -425,11 +462,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", required=True, help="sd15, sdxl, llm or the path of a name list")
     parser.add_argument("--adapter", action="append", default=[], help="KIND:RANK:OVER:WEIGHT; repeatable")
+    parser.add_argument("--merge", type=float, metavar="ALPHA", help="a second model instead, and how much of it")
     parser.add_argument("--models", type=Path, help="folder of the model; default: FOLDER")
     parser.add_argument("--scale-down", type=int, default=1, help="divide dimensions above 64 by this")
     arguments = parser.parse_args()
     adapters = [parse_adapter(text) for text in arguments.adapter]
-    print(make(arguments.folder, arguments.model, adapters, arguments.models or arguments.folder, arguments.scale_down))
+    models = arguments.models or arguments.folder
+    print(make(arguments.folder, arguments.model, adapters, models, arguments.scale_down, arguments.merge))
 
 
 if __name__ == "__main__":

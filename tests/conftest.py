@@ -16,6 +16,7 @@ from models import write_random
 from scenes import KINDS, Scene, prepare
 from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE
 
+from bake.execute.merging import plain as plain_merging
 from bake.execute.plain import crew
 from bake.execute.plain import pipeline as plain_pipeline
 
@@ -58,6 +59,14 @@ def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The part of bake that makes plain sums on the processor, once without and once with torch."""
     if request.param == "torch":
         monkeypatch.setattr(plain_pipeline, "suits", lambda plan, device: False)
+    return str(request.param)
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def merge_lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The part of bake that merges on the processor, once without and once with torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(plain_merging, "suits", lambda plan, device: False)
     return str(request.param)
 
 

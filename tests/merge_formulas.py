@@ -245,6 +245,10 @@ def linear(models: Sequence[Array], weight: Sequence[float], normalize: bool = T
     return total / sum(weight) if normalize else total
 
 
+def task_arithmetic(models: Sequence[Array], weight: Sequence[float], normalize: bool = False, **more: float) -> Array:
+    return models[0] + more["lambda"] * linear([model - models[0] for model in models[1:]], weight, normalize)
+
+
 def nuslerp(models: Sequence[Array], weight: Sequence[float], along: str = "tensor") -> Array:
     if len(models) == 3:
         return models[0] + nuslerp([model - models[0] for model in models[1:]], weight, along)
@@ -434,6 +438,7 @@ FORMULAS: dict[str, Callable[..., Array]] = {
     "extract_features": extract_features,
     "passthrough": lambda m, scale: scale * m[0],
     "linear": linear,
+    "task_arithmetic": task_arithmetic,
     "nuslerp": nuslerp,
     "multislerp": multislerp,
     "karcher": karcher,

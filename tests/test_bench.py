@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 from support import bake
 
 
-def make(folder: Path, model: str, *adapters: str, scale_down: int = 32) -> dict[str, Any]:
+def make(folder: Path, model: str, *adapters: str, scale_down: int = 32, merge: float | None = None) -> dict[str, Any]:
     """A job at small widths."""
     parsed = [bench_models.parse_adapter(text) for text in adapters]
-    return json.loads(bench_models.make(folder, model, parsed, folder, scale_down).read_text())
+    return json.loads(bench_models.make(folder, model, parsed, folder, scale_down, merge).read_text())
 
 
 def fused(job: dict[str, Any], folder: Path) -> Path:
@@ -40,6 +41,25 @@ def test_bake_accepts_the_files_of_every_case(name: str, tmp_path: Path) -> None
     assert verdict["equal_share"] > 0.999
     assert verdict["max_ulp"] < 0.6
     assert set(verdict["untouched"]) == {"identical"}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.verb == "merge"])
+def test_bake_merges_the_models_of_every_case(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    job = make(tmp_path, case.model, merge=case.merge)
+    output = tmp_path / ("out" if Path(job["base"]).is_dir() else "out.safetensors")
+    models = (job["base"], job["other"])
+    done = bake("merge", "weighted_sum", *models, "-p", f"alpha={job['alpha']}", "-o", output, "-q")
+    assert done.code == 0, done.err
+    verdict = judge(job, output)
+    assert verdict["equal_share"] == 1
+    assert verdict["touched_tensors"] > 200
+    assert set(verdict["untouched"]) <= {"identical"}
+    assert judge(job, Path(job["base"]))["equal_share"] < 0.2
+    places = [read_places(Path(model)) for model in models]
+    biggest = max(places[0], key=lambda tensor: math.prod(places[0][tensor].shape))
+    old, new = (place[biggest].values() for place in places)
+    assert 0.09 < np.sqrt(np.mean((new - old) ** 2) / np.mean(old**2)) < 0.11
 
 
 @pytest.mark.parametrize("kind", bench_models.KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,13 @@ ALLOWED = {
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "interrupts", "sizes", "progress", "keys", "plan")
-# The table, and the methods that are coefficients alone: bake.merges.combination uses them on tensors.
-MERGES_WITHOUT_TORCH = ("__init__", "method", "rules", "slerp", "multislerp", "karcher")
+# The table, what says how methods are run, the methods whose arithmetic is operators alone, and those that are
+# coefficients alone: bake.merges.combination uses them on tensors.
+PLAIN_MERGES = (
+    *("add_difference", "linear", "passthrough", "sum_twice", "task_arithmetic", "triple_sum", "weighted_subtraction"),
+    "weighted_sum",
+)
+MERGES_WITHOUT_TORCH = ("__init__", "merge", "method", "rules", "slerp", "multislerp", "karcher", *PLAIN_MERGES)
 WITH_TORCH = {
     PACKAGE / "draws.py",
     PACKAGE / "io" / "payload.py",
@@ -106,10 +112,11 @@ def layer_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
-    """Dotted names that a module imports anywhere, also inside functions."""
+def imports_of(path: Path, when_run: bool = False) -> set[str]:
+    """Dotted names that a module imports anywhere, also inside functions. when_run: not for its annotations alone."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in nodes_when_run(tree) if when_run else ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -118,6 +125,13 @@ def imports_of(path: Path) -> set[str]:
                 found.update(f"bake.{alias.name}" for alias in node.names)
             found.add(node.module)
     return found
+
+
+def nodes_when_run(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield node
+            yield from nodes_when_run(node)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -131,7 +145,7 @@ def test_a_module_imports_only_layers_below_its_own(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_torch_is_imported_where_payload_is_touched_and_nowhere_else(path: Path) -> None:
-    outside = {name.split(".")[0] for name in imports_of(path)}
+    outside = {name.split(".")[0] for name in imports_of(path, when_run=True)}
     assert ("torch" in outside) == (path in WITH_TORCH)
     if layer_of(path) in STANDARD_LIBRARY_ONLY:
         assert not outside - {"bake"} - set(sys.stdlib_module_names)

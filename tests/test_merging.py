@@ -376,14 +376,15 @@ def test_damage_is_found(language, tmp_path: Path) -> None:
 def test_a_run_that_computes_something_else_is_not_published(
     language, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bake.execute.merging import work
+    from bake.execute.merging import maths
 
     def wrong(plan, tensor):
         values = {**tensor.merge.values, "alpha": 0.31}
         return real(plan, dataclasses.replace(tensor, merge=dataclasses.replace(tensor.merge, values=values)))
 
-    real = work.merge_of
-    monkeypatch.setattr("bake.execute.merging.pipeline.merge_of", wrong)
+    real = maths.merge_of
+    for lane in ("plain", "pipeline"):
+        monkeypatch.setattr(f"bake.execute.merging.{lane}.merge_of", wrong)
     with pytest.raises(VerificationFailed):
         merge("weighted_sum", language[:2], tmp_path / "out.safetensors", parameters={"alpha": 0.3})
     assert not (tmp_path / "out.safetensors").exists()

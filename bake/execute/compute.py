@@ -160,9 +160,7 @@ class Work(ABC):
         name, target = self.plan.name, DTYPES[self.plan.dtype]
         if not bool(torch.isfinite(widened(raw)).all()):
             if self._merged is not None:
-                raise NonFinite(
-                    f"{name}: the merged values are not finite: the parameters are far too large", tensor=name
-                )
+                raise NonFinite(f"{name}: the result is not finite: the parameters are far too large", tensor=name)
             holder = "the adapter's tensor for it" if self.plan.replaced else "the base"
             can_stay = not (self.plan.replaced or self.plan.keeps_nonfinite)
             advice = ". --allow-nonfinite-base leaves such elements as they are" if can_stay else ""

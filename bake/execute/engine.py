@@ -19,6 +19,7 @@ from bake.progress import Progress
 
 if TYPE_CHECKING:
     from bake.execute.merging.pipeline import MergeRun
+    from bake.execute.merging.plain import PlainMergeRun
     from bake.execute.plain.pipeline import PlainRun
 
 _COPY_BUFFER = 4 * 1024 * 1024
@@ -50,12 +51,9 @@ class Execution:
         self._task = Task(plan, targets, files, options, progress, outgrows_memory(plan), journal)
         self._computes = any(tensor.is_computed for _, tensor in plan.tensors())
         self._plain: PlainRun | None = None
-        self._merge: MergeRun | None = None
+        self._merge: MergeRun | PlainMergeRun | None = None
         if any(tensor.merge is not None for _, tensor in plan.tensors()):
-            with without_collecting():
-                from bake.execute.merging.pipeline import MergeRun  # brings torch
-
-            self._merge = MergeRun(self._task)
+            self._merge = _merge_run(self._task)
         elif self._computes:
             from bake.execute.plain.pipeline import PlainRun, suits  # brings NumPy
 
@@ -113,6 +111,17 @@ class Execution:
 def _is_fused(tensor: TensorPlan) -> bool:
     """True if a tensor is computed from one that is stored."""
     return tensor.is_computed and tensor.merge is None
+
+
+def _merge_run(task: Task) -> MergeRun | PlainMergeRun:
+    """The workers of a merge."""
+    with without_collecting():
+        from bake.execute.merging import plain  # brings NumPy, and torch with the maths of most methods
+
+        is_plain = plain.suits(task.plan, task.options.device)
+        if not is_plain:
+            from bake.execute.merging.pipeline import MergeRun  # brings torch
+    return plain.PlainMergeRun(task) if is_plain else MergeRun(task)
 
 
 def _shares(found: list[tuple[str, Survival]], by_chance: bool) -> dict[str, float]:

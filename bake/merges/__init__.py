@@ -49,9 +49,8 @@ def _task_vectors(
     peers: str,
 ) -> Method:
     """A member of the family of bake/merges/task_vectors.py."""
-    reach: dict[str, Reach] = {"none": "element", "random": "element", "ranked": "row"}
+    reach: dict[str, Reach] = {"random": "element", "ranked": "row"}
     formulas = {
-        "none": "W0 + lambda sum(w d)",
         "magnitude": "W0 + lambda sum(w top(d))",
         "random": "W0 + lambda sum(w m d), m of Bernoulli(density)",
         "outliers": "W0 + lambda sum(w middle(d))",
@@ -466,7 +465,19 @@ _ROWS = (
         peers="sd-mecha: geometric_median",
     ),
     # a base and any number of models
-    _task_vectors("task_arithmetic", "all that the models learned", "none", False, peers="mergekit: task_arithmetic"),
+    Method(
+        "task_arithmetic",
+        "all that the models learned",
+        "W0 + lambda sum(w d)",
+        "element",
+        (_BASE, _models(1)),
+        "task_arithmetic.TaskArithmetic",
+        (_WEIGHT, Parameter("normalize", False, _NORMALIZE), _LAMBDA),
+        symmetric=True,
+        alone=rules.task_vectors,
+        rule=rules.weights_add_up,
+        peers="mergekit: task_arithmetic",
+    ),
     _task_vectors(
         "ties",
         "the largest changes, by majority",

@@ -5,21 +5,26 @@ Source: AUTOMATIC1111 modules/extras.py; "Add" of SuperMerger. `clip` is meh's w
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from bake.merges.merge import Chunk, Merge
+from bake.merges.merge import Chunk, Job, Merge
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AddDifference(Merge):
     """A + alpha * (B - C); with `clip` no further than the nearer of A and B. Models: a, b, c. alpha: any number."""
 
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.is_plain = not job.values["clip"]
+
     def blend(self, chunk: Chunk) -> Tensor:
         a, b, c = chunk.models
         result = a + (b - c) * self.job.number("alpha")
-        return clipped(result, a, b) if self.job.values["clip"] else result
+        if self.is_plain:
+            return result
+        from bake.merges.clipping import clipped  # brings torch
 
-
-def clipped(values: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`values`, where they lie outside of what A and B span the nearer end of it."""
-    return torch.minimum(torch.maximum(values, torch.minimum(a, b)), torch.maximum(a, b))
+        return clipped(result, a, b)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bake.merges.add_difference import clipped
+from bake.merges.clipping import clipped
 from bake.merges.merge import Chunk, Merge, Survey
 from bake.merges.sums import Sums, row_sums
 

@@ -6,20 +6,27 @@ sd-mecha's n_average the default.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from bake.merges.merge import Chunk, Merge
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Linear(Merge):
     """sum(w W), divided by sum(w) if `normalize`. Models: one or more."""
+
+    is_plain = True
 
     def blend(self, chunk: Chunk) -> Tensor:
         weights = self.job.numbers("weight")
         total = chunk.models[0] * weights[0]
         for model, weight in zip(chunk.models[1:], weights[1:], strict=True):
             total += model * weight
-        return total.div_(added_up(weights)) if self.job.values["normalize"] else total
+        if self.job.values["normalize"]:
+            total /= added_up(weights)
+        return total
 
 
 def added_up(weights: tuple[float, ...]) -> float:

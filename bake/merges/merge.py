@@ -30,11 +30,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from bake.merges.method import Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,9 @@ class Merge(ABC):
     """One method on one tensor. Raises ValueError where the values of the models leave it undefined."""
 
     whole: ClassVar[bool] = False  # it takes the tensor as one chunk, and a few times that in memory
+    # `blend` takes nothing but + - * / on the elements of one place and needs no pass. Then any run of elements will
+    # do as a chunk of one row, and NumPy's arrays will do as tensors: most merges need no torch, whose import is slow.
+    is_plain: bool = False
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -119,7 +123,10 @@ def column_view(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def between(a: Tensor, b: Tensor, share: Tensor | float) -> Tensor:
     """A + share * (B - A): exactly A where both are equal."""
-    return (b - a).mul_(share).add_(a)  # the same sum, in memory that is in the cache already
+    total = b - a
+    total *= share  # in memory that is in the cache already
+    total += a
+    return total
 
 
 def differences(models: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Task arithmetic and its relatives: W0 + lambda * sum(w d), d = what is left of each model's difference from the base.
+"""The relatives of task arithmetic: W0 + lambda * sum(w d), d = what is left of each model's difference from the base.
 
 The methods differ in what they leave out (`trim`, in trimming.py) and in whether the models vote on the sign of each
 element (`consensus`), so that only those who agree count (TIES, arXiv:2306.01708). Source: mergekit
@@ -20,6 +20,7 @@ from torch import Tensor
 from bake.merges.linear import added_up
 from bake.merges.merge import Chunk, Job, Merge, Survey, differences
 from bake.merges.sums import Sums, row_sums
+from bake.merges.task_arithmetic import added
 from bake.merges.trimming import TRIMS
 
 
@@ -79,11 +80,3 @@ def agreed(changes: Sequence[Tensor], weights: Sequence[float], votes: Sequence[
         total += torch.where(is_counted, change, 0.0)
         divisor += is_counted.to(change.dtype) * weight
     return total / torch.where(divisor == 0, 1.0, divisor) if normalize else total
-
-
-def added(values: Sequence[Tensor]) -> Tensor:
-    """The sum of some tensors, in their order."""
-    total = values[0]
-    for other in values[1:]:
-        total = total + other
-    return total

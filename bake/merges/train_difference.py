@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bake.merges.add_difference import clipped
+from bake.merges.clipping import clipped
 from bake.merges.merge import Chunk, Merge
 
 

@@ -24,13 +24,15 @@ from bake.merges.merge import Chunk, Job, Survey
 from bake.merges.ranks import Ranks
 
 
-class Trim:
-    """Nothing is left out."""
+class Trim(ABC):
+    """Of each model's difference the share `density` is kept."""
 
     def __init__(self, job: Job, count: int) -> None:
         """count: elements of the tensor."""
         self.job = job
         self.count = count
+        self.densities = job.numbers("density")
+        self.kept = [max(1, int(density * count)) for density in self.densities]
 
     def passes(self) -> Iterator[Survey]:
         """What it has to know beforehand."""
@@ -38,18 +40,6 @@ class Trim:
 
     def apply(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
         """(what is left of the change that model `place` makes, the chance that each element had to be kept)."""
-        return change, 1.0
-
-
-class _Share(Trim, ABC):
-    """Of each model's difference the share `density` is kept."""
-
-    def __init__(self, job: Job, count: int) -> None:
-        super().__init__(job, count)
-        self.densities = job.numbers("density")
-        self.kept = [max(1, int(density * count)) for density in self.densities]
-
-    def apply(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
         if self.densities[place] == 1:
             return change, 1.0
         is_kept, chance = self.choose(place, change, chunk)
@@ -60,7 +50,7 @@ class _Share(Trim, ABC):
         """(which elements are kept, the chance they had), for a density below 1."""
 
 
-class Magnitude(_Share):
+class Magnitude(Trim):
     """By magnitude, from a limit on that a search finds."""
 
     def passes(self) -> Iterator[Survey]:
@@ -93,7 +83,7 @@ class Outliers(Magnitude):
         return (size >= low) & (size <= high), 1.0
 
 
-class Random(_Share):
+class Random(Trim):
     """By chance."""
 
     def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
@@ -101,7 +91,7 @@ class Random(_Share):
         return uniform(self.job, chunk, place) < density, density
 
 
-class Ranked(_Share):
+class Ranked(Trim):
     """By chance, the larger ones of a row with a better one."""
 
     def choose(self, place: int, change: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | float]:
@@ -125,7 +115,6 @@ def _sizes(place: int, chunk: Chunk) -> Tensor:
 
 
 TRIMS: dict[str, type[Trim]] = {
-    "none": Trim,
     "magnitude": Magnitude,
     "outliers": Outliers,
     "random": Random,

@@ -5,13 +5,18 @@ Source: meh sd_meh/merge_methods.py, which nudges beta where alpha * beta is 1; 
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from bake.merges.merge import Chunk, Merge
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WeightedSubtraction(Merge):
     """(A - alpha beta B) / (1 - alpha beta). Models: a, b."""
+
+    is_plain = True
 
     def blend(self, chunk: Chunk) -> Tensor:
         a, b = chunk.models

@@ -62,7 +62,7 @@ def _checked(
     merged = [tensor for tensor in tensors if tensor.merge is not None]
     fused = [tensor for tensor in tensors if tensor.merge is None]
     if merged:
-        from bake.verify.merges import check_merged  # brings torch
+        from bake.verify.merges import check_merged  # brings NumPy, and torch with the maths of most methods
 
         yield from check_merged(plan, merged, full, output, files)
     if fused:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import torch
 
 from bake.dtypes import DTYPES
 from bake.errors import Mismatch
@@ -23,6 +23,9 @@ from bake.plan.model import MergeStep, Plan, Share, TensorPlan
 from bake.verify.numeric import all_rows, check_tensor, rule_of, sampled, sampled_rows
 from bake.verify.report import Report
 from bake.verify.rounding import Doubles, Rule, spacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOCK_ELEMENTS = 200_000  # of all models together; another number than the run's, so other pieces
 _SAMPLED_ELEMENTS = 4 * 1024 * 1024  # larger tensors are no part of a sample where all of a tensor has to be seen
@@ -90,7 +93,16 @@ def _chunk(merge: Merge, tensor: TensorPlan, step: MergeStep, rows: range, files
     width = merge.view[1]
     begin, end = rows.start * width, rows.stop * width
     models = [_elements(step, number, tensor.source.shape, begin, end, files) for number in range(len(step.shares))]
-    return Chunk(rows.start, [torch.from_numpy(model.reshape(len(rows), width)) for model in models])
+    return Chunk(rows.start, _for(merge, [model.reshape(len(rows), width) for model in models]))
+
+
+def _for(merge: Merge, arrays: list[Doubles]) -> list[Tensor]:
+    """The same numbers as the maths takes them."""
+    if merge.is_plain:
+        return cast("list[Tensor]", arrays)
+    import torch  # which this maths has brought already
+
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def _elements(step: MergeStep, number: int, shape: tuple[int, ...], begin: int, end: int, files: FileSet) -> Doubles:
@@ -152,8 +164,7 @@ class _Merged:
 
     def _blended(self, rows: range) -> Doubles:
         chunk = _chunk(self.merge, self.tensor, self._step, rows, self._files)
-        values: Doubles = self.merge.blend(chunk).numpy()
-        return values
+        return np.asarray(self.merge.blend(chunk))
 
 
 def _check(merged: _Merged, full: bool, output: TensorFile, files: FileSet, rule: Rule) -> Report:

@@ -1,4 +1,4 @@
-"""sd-mecha: a recipe that adds each converted LoRA to the base, merged in float32 and stored in fp16."""
+"""sd-mecha: a recipe that adds each converted LoRA to the base, or of two models, in float32 and stored in fp16."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ class SdMecha(peer.Peer):
 
     packages = ("sd-mecha", "torch")
     imports = ("sd_mecha",)
+    merges = True
 
     def refusal(self, job: peer.Job) -> str | None:
         if job["model"] not in ("sd15", "sdxl"):
@@ -28,7 +29,7 @@ class SdMecha(peer.Peer):
         is_new = hasattr(methods, "linear")
         add = methods.linear.add_difference if is_new else mecha.add_difference
         base = mecha.model(job["base"])
-        recipe = base
+        recipe = mecha.weighted_sum(base, mecha.model(job["other"]), alpha=job["alpha"]) if "other" in job else base
         for adapter in job["adapters"]:
             recipe = add(recipe, mecha.convert(mecha.model(adapter["path"]), base), alpha=adapter["weight"])
             recipe = recipe | base if is_new else recipe

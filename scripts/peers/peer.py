@@ -2,7 +2,7 @@
 
     by_NAME.py check JOB                            can this tool do JOB here? {"versions", "variants"} or {"skip"}
     by_NAME.py prepare JOB FOLDER                   write what it needs beyond the job's files, untimed; {"base"}
-    by_NAME.py fuse JOB FOLDER OUT [--variant V]    the timed run, one process from start to end
+    by_NAME.py fuse JOB FOLDER OUT [--variant V]    the timed run, one process from start to end; a merge too
 
 JOB is the job.json of scripts/bench_models.py. "base" is the job's base in the layout of OUT, where that is another.
 These scripts run under the interpreter of the tool's own environment and import nothing of bake.
@@ -28,6 +28,7 @@ class Peer(ABC):
     packages: tuple[str, ...]  # distributions whose versions are reported
     imports: tuple[str, ...]  # modules that must be importable
     variants: tuple[str, ...] = ("",)
+    merges = False  # checkpoints with each other: jobs with an "other" model, of which "alpha" is wanted
 
     def __init__(self, checkout: Path | None) -> None:
         self.checkout = checkout  # of the tool's repository, for tools that are no package
@@ -47,7 +48,7 @@ class Peer(ABC):
 
     def check(self, job: Job) -> dict[str, Any]:
         """What `check` prints."""
-        reason = self.refusal(job)
+        reason = "merges no checkpoints here" if "other" in job and not self.merges else self.refusal(job)
         if reason is not None:
             return {"skip": reason}
         try:

@@ -98,6 +98,30 @@ def test_other_methods_keep_the_order(name: str) -> None:
     assert method.order(["z", "y", "x"][: len(roles)], {}, roles) == tuple(range(len(roles)))
 
 
+PLAIN = {
+    *("weighted_sum", "weighted_subtraction", "add_difference", "sum_twice", "triple_sum"),
+    *("passthrough", "linear", "task_arithmetic"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_that_are_operators_alone_give_numpy_the_bits_that_they_give_torch(name: str) -> None:
+    models = models_for(count_of(name), (7, 50))
+    merging = METHODS[name].load()(job_for(name, models, GIVEN.get(name, {})))
+    assert merging.is_plain == (name in PLAIN)
+    if merging.is_plain:
+        before = [model.copy() for model in models]
+        flat = [model.reshape(1, -1) for model in models]
+        found = merging.blend(Chunk(0, [model[:, 30:] for model in flat]))  # any run of elements, whatever the rows
+        assert same_bits(found, merge(name, models).reshape(1, -1)[:, 30:])
+        assert all(itertools.starmap(same_bits, zip(models, before, strict=True)))
+
+
+def test_a_clipped_difference_needs_more_than_operators() -> None:
+    merging = METHODS["add_difference"].load()(job_for("add_difference", models_for(3, (2, 2)), {"clip": True}))
+    assert not merging.is_plain
+
+
 # Values at which the result is one of the models, and which.
 ALONE: dict[str, list[tuple[dict[str, object], int]]] = {
     "weighted_sum": [({"alpha": 0}, 0), ({"alpha": 1}, 1)],

@@ -56,6 +56,7 @@ OTHERS: list[tuple[str, dict[str, object]]] = [
     ("multiply_difference", {"alpha": 0.5, "beta": 1.5}),
     ("extract_features", {"alpha": 0.3, "beta": 1.0, "gamma": 0.0}),
     ("linear", {"weight": [0.5, 1.5, -0.25], "normalize": False}),
+    ("task_arithmetic", {"weight": [0.5, 0.7, -0.25], "normalize": True, "lambda": 0.7}),
     ("nuslerp", {"weight": [0.5, 1.5], "along": "row"}),
     ("nuslerp", {"weight": [0.5, 1.5], "along": "column"}),
     ("multislerp", {"weight": [0.5, 1.5, 0.25], "normalize": False}),

@@ -16,7 +16,8 @@ import torch
 from bake.dtypes import DTYPES
 from bake.errors import UsageError
 from bake.execute.device import Desk, Device, choose_devices
-from bake.execute.merging.work import MergedTensor, merge_of
+from bake.execute.merging.maths import merge_of
+from bake.execute.merging.work import MergedTensor
 from bake.execute.output import Output
 from bake.execute.plain.crew import Crew, Shift, Threads, start_crew
 from bake.execute.scaled import Rescaled

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from bake.errors import NonFinite
 from bake.execute.device import Desk, Device
+from bake.execute.merging.maths import is_narrow, pieces, refusal_of_model
 from bake.execute.rounding import has_nonfinite
 from bake.io.fileset import FileSet
 from bake.io.payload import as_bytes, read_tensor
@@ -25,8 +23,7 @@ class Reader:
     ) -> None:
         """columns: of the matrix that chunks are rows of. forgets: what was read shall not stay in memory."""
         assert tensor.merge is not None
-        self._plan, self._step, self._files = plan, tensor.merge, files
-        self._shape = tensor.source.shape
+        self._plan, self._tensor, self._step, self._files = plan, tensor, tensor.merge, files
         self._columns, self._device, self._forgets = columns, device, forgets
 
     def chunk(self, first: int, last: int, desk: Desk) -> Chunk:
@@ -34,17 +31,13 @@ class Reader:
         models: list[Tensor] = []
         for number, share in enumerate(self._step.shares):
             found = desk.computed(f"model {number}", torch.float64, (last - first, self._columns))
-            if share.transposed or self._is_narrow(share):
+            if share.transposed or is_narrow(share, self._tensor.source.shape):
                 places = slice(first * self._columns, last * self._columns)
                 found.view(-1).copy_(self._whole(number).reshape(-1)[places])
             else:
-                self._read(share, number, first * self._columns, found, desk)
+                self._read(share, first * self._columns, found, desk)
             models.append(found)
         return Chunk(first, models)
-
-    def _is_narrow(self, share: Share) -> bool:
-        """True if rows are shorter than those of the output."""
-        return as_matrix(share.stored[0].shape)[1] < as_matrix(self._shape)[1]
 
     def _whole(self, number: int) -> Tensor:
         """A whole tensor that is stored the other way round, or whose rows go on with the first model's.
@@ -52,35 +45,30 @@ class Reader:
         The former are square projections of text encoders, the latter first layers of UNets: both are small.
         """
         share = self._step.shares[number]
-        parts = [self._tensor(stored, number) for stored in share.stored]
+        parts = [self._loaded(stored) for stored in share.stored]
         found = torch.cat(parts)
         if share.transposed:
             return found.t()
-        if self._is_narrow(share):
-            wide = self._whole(self._step.models.index(0)).reshape(as_matrix(self._shape)).clone()
+        if is_narrow(share, self._tensor.source.shape):
+            wide = self._whole(self._step.models.index(0)).reshape(as_matrix(self._tensor.source.shape)).clone()
             wide[:, : as_matrix(share.stored[0].shape)[1]] = found.reshape(len(wide), -1)
             return wide
         return found
 
-    def _tensor(self, stored: Stored, number: int) -> Tensor:
+    def _loaded(self, stored: Stored) -> Tensor:
         with self._files.using(stored.input) as file:
             found = read_tensor(file, stored.span[0], stored.dtype, stored.shape, torch.float64)
         if has_nonfinite(found):
-            self._refuse(stored, number)
+            raise refusal_of_model(self._plan, stored)
         return self._device.upload(found)
 
-    def _read(self, share: Share, number: int, begin: int, out: Tensor, desk: Desk) -> None:
+    def _read(self, share: Share, begin: int, out: Tensor, desk: Desk) -> None:
         """Fill `out` with the model's elements from flat index `begin` on, which may lie in several stored tensors."""
         flat = out.view(-1)
-        end, at = begin + len(flat), 0  # at: flat index of the first element of `stored`
-        for stored in share.stored:
-            count = math.prod(stored.shape)
-            low, high = max(begin, at), min(end, at + count)
-            if low < high:
-                self._read_part(stored, number, low - at, flat[low - begin : high - begin], desk)
-            at += count
+        for stored, first, place in pieces(share, begin, begin + len(flat)):
+            self._read_part(stored, first, flat[place], desk)
 
-    def _read_part(self, stored: Stored, number: int, first: int, out: Tensor, desk: Desk) -> None:
+    def _read_part(self, stored: Stored, first: int, out: Tensor, desk: Desk) -> None:
         """Fill `out` with elements of one stored tensor, from its element `first` on."""
         raw = desk.on_host("stored", stored.dtype, tuple(out.shape))
         data = as_bytes(raw)
@@ -90,7 +78,7 @@ class Reader:
             if self._forgets:
                 file.forget(begin, begin + len(data))
         if has_nonfinite(raw):
-            self._refuse(stored, number)
+            raise refusal_of_model(self._plan, stored)
         self._widen(raw, out, desk)
 
     def _widen(self, raw: Tensor, out: Tensor, desk: Desk) -> None:
@@ -102,12 +90,3 @@ class Reader:
             out.copy_(near.copy_(raw))
         else:
             out.copy_(raw)
-
-    def _refuse(self, stored: Stored, number: int) -> None:
-        model = self._plan.owner_of(stored.input).name
-        raise NonFinite(
-            f"{stored.name}: {model} holds NaN or infinity, which cannot be merged: repair that model, or leave its "
-            f"component out (--only).",
-            tensor=stored.name,
-            model=model,
-        )

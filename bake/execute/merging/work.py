@@ -19,8 +19,7 @@ from bake.execute.survival import Survival
 from bake.io.fileset import FileSet
 from bake.io.payload import as_bytes
 from bake.keys.factors import as_matrix
-from bake.merges import METHODS
-from bake.merges.merge import Job, Merge
+from bake.merges.merge import Merge
 from bake.plan.model import Plan, TensorPlan
 
 _FUSED_ELEMENTS = 128 * 1024  # products with fewer rows than they have columns take twice as long
@@ -32,14 +31,6 @@ class Finished(NamedTuple):
     begin: int  # flat index of their first element
     data: memoryview  # until the next ones are made
     survival: Survival  # of what was added to the merged values
-
-
-def merge_of(plan: Plan, tensor: TensorPlan) -> Merge:
-    """The maths of one tensor."""
-    step = tensor.merge
-    assert step is not None
-    job = Job(step.name, tensor.source.shape, step.roles, step.parameters, plan.seed)
-    return METHODS[step.method].load()(job)
 
 
 class MergedTensor:

@@ -34,8 +34,12 @@ _DISPLAYS = "dri"  # which nearly every machine has, there: torch computes on In
 
 def suits(plan: Plan, device: str) -> bool:
     """True if everything that `plan` computes can be made here, on the device that was asked for."""
-    on_cpu = device == "cpu" or (device == "auto" and not _may_have_gpu())
-    return on_cpu and plan.rounding != "stochastic" and all(map(_is_plain, _computed(plan)))
+    return means_processor(device) and plan.rounding != "stochastic" and all(map(_is_plain, _computed(plan)))
+
+
+def means_processor(device: str) -> bool:
+    """True if it is known, without asking torch, that what was asked for is the processor."""
+    return device == "cpu" or (device == "auto" and not _may_have_gpu())
 
 
 def _may_have_gpu() -> bool:

@@ -6,6 +6,8 @@ that their sum has no bit more than the dtype: to nearest, ties to even, as ever
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,7 @@ Bits = NDArray[np.uint16]
 UNIT = 2.0**-24  # the largest relative error of one float32 operation
 _MANTISSA, _BIAS = 23, 127  # of float32
 _EXPONENT = np.int32(0x7F800000)
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}  # the bits of infinity; those of NaN are larger
 _BELOW = {"F16": 2.0**15, "BF16": 2.0**100}  # from here on numbers may overflow, here or in the dtype
 
 # The bits of a half, moved into those of a float32, mean its value but for this factor.
@@ -90,6 +93,46 @@ def _encode(rounded: Floats, tag: str, out: Bits, buffer: NDArray[np.uint32]) ->
         sign = np.bitwise_and(np.right_shift(bits, 16, out=buffer), 0x8000, out=buffer)
         np.bitwise_or(np.right_shift(bits, _HALF_SHIFT, out=bits), sign, out=bits)
     np.copyto(out, bits, casting="unsafe")  # the lower half
+
+
+def narrow_all(values: NDArray[np.float64], tag: str, out: NDArray[Any], desk: Desk) -> None:
+    """Set `out`, which is as `bake.io.arrays.stored_dtype` says, to float64 `values` rounded once.
+
+    Raises TooLarge if one of them is not finite then.
+    """
+    if tag == "BF16":
+        _narrow_to_bfloat16(values, out, desk)
+    else:
+        np.copyto(out, values, casting="same_kind")
+    if not _are_finite(out, tag):
+        raise TooLarge
+
+
+def _narrow_to_bfloat16(values: NDArray[np.float64], out: Bits, desk: Desk) -> None:
+    """By way of float32. That is wrong only where a number becomes a tie which it was not."""
+    near, rounded = (desk.array(name, np.float32, values.shape) for name in ("near", "rounded"))
+    np.copyto(near, values, casting="same_kind")
+    if not _are_finite(near, "F32"):
+        raise TooLarge  # the bits of NaN cannot be counted with
+    bits, sums = near.view(np.uint32), rounded.view(np.uint32)
+    is_tie, is_off = (desk.array(name, np.bool_, values.shape) for name in ("tie", "off"))
+    np.equal(np.bitwise_and(bits, 0xFFFF, out=sums), 0x8000, out=is_tie)
+    np.not_equal(near, values, out=is_off)
+    places = np.flatnonzero(np.logical_and(is_tie, is_off, out=is_tie))
+    if len(places):  # a step back to the side they came from
+        exact, found = np.abs(values.reshape(-1)[places]), np.abs(near.reshape(-1)[places])
+        near.view(np.int32).reshape(-1)[places] += np.where(exact > found, 1, -1).astype(np.int32)
+    np.bitwise_and(np.right_shift(bits, 16, out=sums), 1, out=sums)  # ties go to the even one
+    np.add(np.add(sums, 0x7FFF, out=sums), bits, out=sums)
+    np.copyto(out, np.right_shift(sums, 16, out=sums), casting="unsafe")
+
+
+def _are_finite(values: NDArray[Any], tag: str) -> bool:
+    """values: as `bake.io.arrays.stored_dtype` says."""
+    if tag in _INFINITY:
+        infinity = _INFINITY[tag]
+        return bool(values.view(np.int16).max() < infinity and values.view(np.uint16).max() < 0x8000 + infinity)
+    return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 
 
 def narrow_each(values: NDArray[np.float64], tag: str) -> Bits:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bake.dtypes import DTYPES
 from bake.execute.plain.desk import Desk
-from bake.execute.plain.rounding import TooLarge, narrow_each, settle, widen
-from bake.io.arrays import stored_dtype
+from bake.execute.plain.rounding import TooLarge, narrow_all, narrow_each, settle, widen
+from bake.io.arrays import stored_dtype, widened
 from bake.verify.rounding import round_once, spacing
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -215,3 +216,42 @@ class TestFloat64:
     def test_what_may_not_fit_is_refused(self, tag: str, value: float) -> None:
         with pytest.raises(TooLarge):
             narrow_each(np.array([1.0, value * LIMITS[tag]]), tag)
+
+
+class TestAllFloat64:
+    """Everything that the dtype can hold, up to its largest number."""
+
+    TAGS = ("F16", "BF16", "F32", "F64")
+
+    @staticmethod
+    def narrowed(values: NDArray[np.float64], tag: str) -> NDArray[np.float64]:
+        """The numbers that the bits stand for, in float64."""
+        values = values.reshape(1, -1)
+        out = np.full(values.shape, 0x7F, stored_dtype(tag))
+        before = values.copy()
+        with np.errstate(all="ignore"):
+            narrow_all(values, tag, out, Desk())
+        assert np.array_equal(values, before)
+        return widened(out[0], tag, np.float64)
+
+    @pytest.mark.parametrize("tag", TAGS)
+    def test_one_rounding_as_in_verification(self, tag: str) -> None:
+        kind = DTYPES[tag]
+        bits = np.random.default_rng(0).integers(0, 2**64, 100_000, dtype=np.uint64).view(np.float64)
+        of_16 = [values for each in TORCH for values in (hard(each), any_bits(each, 100_000), of_one_size(each, 3))]
+        edges = np.array([kind.largest, np.nextafter(kind.overflow, 0), 0.0, 2.0**-149, 2.0**-126, 5e-324])
+        values = np.concatenate([*of_16, edges, bits[np.isfinite(bits)]]).astype(np.float64)
+        values = np.concatenate([values, np.nextafter(values, 0), np.nextafter(values, 1), -values])
+        values = values[np.abs(values) < kind.overflow]
+        found, due = self.narrowed(values, tag), round_once(values, tag)
+        assert np.array_equal(found, due)
+        assert np.array_equal(np.signbit(found), np.signbit(due))
+
+    @pytest.mark.parametrize("number", ["nan", "inf", "overflow", "payload"])
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize("tag", TAGS)
+    def test_what_is_not_finite_then_is_refused(self, tag: str, sign: int, number: str) -> None:
+        payload = np.array([0x7FFFFFFFFFFFFFFF], np.uint64).view(np.float64)[0]
+        worst = {"nan": np.nan, "inf": np.inf, "payload": payload}.get(number, DTYPES[tag].overflow)
+        with pytest.raises(TooLarge):
+            self.narrowed(np.array([1.0, np.copysign(worst, sign), -2.0]), tag)
