@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bake.execute.plain.desk import Desk
-from bake.execute.plain.rounding import TooLarge, narrow_each, settle, widen
+from bake.execute.plain.rounding import TooLarge, narrow, narrow_each, settle, widen
 from bake.io.arrays import stored_dtype
 from bake.verify.rounding import round_once, spacing
 
@@ -34,7 +34,11 @@ def settled(near: NDArray[Any], bound: Floats | None, tag: str) -> tuple[NDArray
     near = np.array(near, np.float32).reshape(1, -1)
     out = np.full(near.shape, 0x7FFF, np.uint16)
     with np.errstate(all="ignore"):
-        undecided = settle(near, None if bound is None else bound.reshape(1, -1).copy(), tag, out, Desk())
+        if bound is None:
+            narrow(near, tag, out, Desk())
+            return out.reshape(-1), np.empty(0, np.intp)
+        more = bound.reshape(1, -1) * np.float32(1 + 2.0**-20) + np.float32(2.0**-126)
+        undecided = settle(near, more, tag, out, Desk())
     return out.reshape(-1), undecided
 
 
