@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
 from bake.plan.model import Stored, TensorPlan, Term
 
+Number = TypeVar("Number", np.float32, np.float64)
 Doubles = NDArray[np.float64]
 _AddUp = Callable[[NDArray[np.float64], Floats], NDArray[np.float64]]
 
@@ -108,7 +109,8 @@ class Sum:
         share = np.float32(self._lost_share)
         if len(self._groups) == 1 and self._groups[0].covers(rows, self._columns):
             (group,) = self._groups
-            np.einsum("ij,jk->ik", group.tall[group.own(rows)] * share, group.wide, out=bound)  # twice as fast as to multiply
+            tall = group.tall[group.own(rows)] * share
+            np.einsum("ij,jk->ik", tall, group.wide, out=bound)  # twice as fast as to multiply
             return bound
         bound.fill(_SMALLEST_NORM**2 * share)
         for group in self._groups:
@@ -186,8 +188,8 @@ class _Group:
         pairs = [_pair(term, files) for term in terms]
         self._rows = terms[0].rows
         self.across = slice(*terms[0].columns)
-        self._left = np.concatenate([left for left, _ in pairs], axis=1)
-        self._right = np.concatenate([right for _, right in pairs], axis=0)
+        self._left = _joined([left for left, _ in pairs], axis=1)
+        self._right = _joined([right for _, right in pairs], axis=0)
         self.rank = len(self._right)
         self.tall, self.wide = _norms(pairs)
 
@@ -226,7 +228,7 @@ class _Group:
     def add_each(
         self, update: Doubles, norms: Doubles, rows: NDArray[np.intp], columns: NDArray[np.intp], add_up: _AddUp
     ) -> None:
-        """Add the elements at these places of the tensor to `update` (n,), and bounds of their magnitudes to `norms`."""
+        """Add the elements at these places of the tensor to `update` (n,), and what bounds them to `norms`."""
         rows, columns = rows - self._rows[0], columns - self.across.start
         inside: NDArray[np.bool_] | slice = slice(None)
         here = (rows >= 0) & (rows < len(self._left)) & (columns >= 0) & (columns < self._right.shape[1])
@@ -258,7 +260,13 @@ def _pair(term: Term, files: FileSet) -> tuple[Doubles, Floats]:
     left, right = left[:, : term.rank_limit], right[: term.rank_limit]
     if term.transposed:
         left, right = right.T, left.T
-    return left[slice(*term.part)].astype(np.float64) * (term.scale * term.weight), np.ascontiguousarray(right)
+    scaled = np.multiply(left[slice(*term.part)], term.scale * term.weight, dtype=np.float64, order="C")
+    return scaled, np.ascontiguousarray(right)
+
+
+def _joined(arrays: list[NDArray[Number]], axis: int) -> NDArray[Number]:
+    """The arrays side by side; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=axis)
 
 
 def _load(stored: Stored, files: FileSet) -> Floats:
@@ -273,8 +281,10 @@ def _norms(pairs: Sequence[tuple[Doubles, Floats]]) -> tuple[Floats, Floats]:
     """
     tall, wide = [], []
     for left, right in pairs:
-        rows = np.sqrt(np.square(left).sum(axis=1, keepdims=True))
-        columns = np.sqrt(np.square(right, dtype=np.float64).sum(axis=0, keepdims=True))
+        rows = np.sqrt(np.einsum("ij,ij->i", left, left))[:, None]
+        # In float32 a square may lose 2**-150 and each sum of so many 2**-24 of it.
+        squares = np.einsum("ij,ij->j", right, right)[None].astype(np.float64)
+        columns = np.sqrt(squares * (1 + len(right) * 2.0**-23) + len(right) * 2.0**-149)
         higher, lower = float(rows.max(initial=0.0)), float(columns.max(initial=0.0))
         shift = 0
         if 0 < higher < math.inf and 0 < lower < math.inf:
