@@ -29,7 +29,7 @@ _SMALLEST_NORM = 2.0**-50  # norms below it count as it: their products are lost
 _NORM_MARGIN = 1 + 2.0**-10  # for the rounding of the norms, and of what is made of them
 _PIECE_ELEMENTS = 64 * 1024  # that are rounded at a time: their buffers stay in a core's cache
 _WIDE_ELEMENTS = 256 * 1024  # that are multiplied in float64 at a time
-_DENSE_SHARE = 1 / 60  # with more undecided elements than this, of all, float64 for all products is cheaper
+_DENSE_SHARE = 1 / 80  # with more undecided elements than this, of all, float64 for all products is cheaper
 _GATHERED = 64 * 1024  # factors that are gathered at a time, for elements that are computed one by one
 
 
