@@ -26,7 +26,7 @@ from bake.plan.model import Plan, TensorPlan
 _BLOCK_ELEMENTS = 1024 * 1024  # that are read, multiplied and written at a time, where memory allows
 _SMALLEST_BLOCK = 64 * 1024
 _FIRST_BLOCK = 16 * 1024  # of a tensor, from which the work learns which way is cheaper
-_BYTES_PER_ELEMENT = 20  # of a block: stored values in and out, the update in float64, and what rounding needs
+_BYTES_PER_ELEMENT = 20  # of a block: stored values in and out, the update in float32 and float64, what rounding needs
 _AHEAD = 8  # shares that the system is asked to read before a worker comes to them
 _STORED = ("F16", "BF16", "F32")
 _GPUS = ("nvidia0", "nvidiactl", "kfd", "dxg")  # what Linux calls them, in /dev
