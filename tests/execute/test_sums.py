@@ -362,6 +362,36 @@ def test_any_sum_of_numbers_of_any_size(
             bench.check([int(random.choice([1, 4, 30]))])
 
 
+def test_where_only_the_defined_order_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    some = (10 ** random.uniform(-4, 0, (96, 8))).astype(np.float32)
+    up = np.concatenate([some, np.full((96, 1), 2.0**-25, np.float32), -random.permuted(some, axis=1)], axis=1)
+    down = np.repeat(random.uniform(0.5, 1, (1, 160)).astype(np.float32), 17, axis=0)
+    down[8] = 1  # so that all of it adds up to 2**-25, half a last place, but for what float64 loses
+    base = np.full((96, 160), 2.0**-14, np.float16)
+    base[:, ::2] += np.float16(2.0**-24)
+    bench = Bench(tmp_path, base, [Update((up, down), 2.0)])
+    assert len(np.unique(np.frombuffer(bench.due(), np.uint16))) == 3  # down, up or down, up
+    bench.check()
+    monkeypatch.setattr(plain, "_sum_as_defined", plain._sum_in_any_order)
+    assert bench.run_plain(96)[0] != bench.due()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(-40, 40), st.integers(-40, 40))
+def test_the_norms_bound_the_magnitudes_of_all_products(seed: int, rank: int, tall: int, wide: int) -> None:
+    random = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(2):
+        spread = np.exp(random.normal(0, random.choice([0, 1, 20]), rank))
+        left = random.normal(size=(3, rank)) * 10.0**tall * spread
+        right = np.float32(random.normal(size=(rank, 4)) / spread[:, None] * 10.0 ** min(wide, 15))
+        pairs.append((left, right))
+    bounds = [part.astype(np.float64) for part in plain._norms(pairs)]
+    magnitudes = sum(np.abs(left) @ np.abs(right.astype(np.float64)) for left, right in pairs)
+    assert (bounds[0] * bounds[1] >= magnitudes).all()
+
+
 class TestTheSameBytes:
     def test_in_chunks_of_any_size(self, tmp_path: Path) -> None:
         bench = Bench(tmp_path, normal(0, 96, 160), [Update(lora(1, 16)), Update(lora(3, 2, rows=30), rows=(9, 39))])

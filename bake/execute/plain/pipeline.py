@@ -25,7 +25,8 @@ from bake.plan.model import Plan, TensorPlan
 
 _BLOCK_ELEMENTS = 1024 * 1024  # that are read, multiplied and written at a time, where memory allows
 _SMALLEST_BLOCK = 64 * 1024
-_BYTES_PER_ELEMENT = 20  # of a block: stored values in and out, the update in float64, and what rounding needs
+_FIRST_BLOCK = 16 * 1024  # of a tensor, from which the work learns which way is cheaper
+_BYTES_PER_ELEMENT = 20  # of a block: stored values in and out, the update in float32 and float64, what rounding needs
 _AHEAD = 8  # shares that the system is asked to read before a worker comes to them
 _STORED = ("F16", "BF16", "F32")
 _GPUS = ("nvidia0", "nvidiactl", "kfd", "dxg")  # what Linux calls them, in /dev
@@ -154,7 +155,7 @@ class _Worker:
         digest = journal.digest()
         work = Sum(part.tensor, self._task.files, self._task.plan.rounding == "fast")
         columns, survival = as_matrix(part.tensor.view)[1], NOTHING
-        first, elements = part.rows.start, _SMALLEST_BLOCK  # from which the work learns which way is cheaper
+        first, elements = part.rows.start, _FIRST_BLOCK
         while first < part.rows.stop:
             self._shift.check()
             height = min(part.rows.stop - first, max(1, elements // max(1, columns)))

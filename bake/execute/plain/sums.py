@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bake.execute.halves import sum_by_halves
 from bake.execute.plain.desk import Desk
-from bake.execute.plain.rounding import UNIT, Floats, narrow_each, settle, widen
+from bake.execute.plain.rounding import UNIT, Floats, narrow, narrow_each, settle, widen
 from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.arrays import read_array, stored_dtype, widened
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
 from bake.plan.model import Stored, TensorPlan, Term
 
+Number = TypeVar("Number", np.float32, np.float64)
 Doubles = NDArray[np.float64]
+_AddUp = Callable[[NDArray[np.float64], Floats], NDArray[np.float64]]
 
 _UNIT64 = 2.0**-53
 _SMALLEST_NORM = 2.0**-50  # norms below it count as it: their products are lost in float32
 _NORM_MARGIN = 1 + 2.0**-10  # for the rounding of the norms, and of what is made of them
 _PIECE_ELEMENTS = 64 * 1024  # that are rounded at a time: their buffers stay in a core's cache
-_DENSE_SHARE = 1 / 200  # with more undecided elements than this, of all, float64 for all of them is cheaper
-_GATHERED = 64 * 1024  # products that are summed by halves at a time
+_WIDE_ELEMENTS = 256 * 1024  # that are multiplied in float64 at a time
+_DENSE_SHARE = 1 / 80  # with more undecided elements than this, of all, float64 for all products is cheaper
+_GATHERED = 64 * 1024  # factors that are gathered at a time, for elements that are computed one by one
 
 
 class Sum:
@@ -46,10 +49,7 @@ class Sum:
 
         stored: the base's rows as they lie in the file. out: likewise of the output. Raises TooLarge.
         """
-        update: NDArray[Any] | None = None
-        if self._groups:
-            update = desk.array("update", np.float64 if self._is_dense else np.float32, stored.shape)
-            self._update(update, first)
+        update = self._update(stored.shape, first, desk) if self._groups else None
         height = max(1, _PIECE_ELEMENTS // max(1, self._columns))
         undecided = []
         for begin in range(0, len(stored), height):
@@ -59,11 +59,27 @@ class Sum:
             undecided.append(places + begin * self._columns)
         if update is None:
             return NOTHING
-        self._recompute(np.concatenate(undecided), stored, out, first)
+        places = np.concatenate(undecided)
+        self._recompute(places, stored, out, first)
+        self._is_dense = self._is_dense or len(places) > stored.size * _DENSE_SHARE
         return self._survival(stored, update, out, first, desk)
 
-    def _update(self, update: NDArray[Any], first: int) -> None:
-        """Set `update`, of the rows from `first` on, to the sum of all products, in any order."""
+    def _update(self, shape: tuple[int, ...], first: int, desk: Desk) -> Floats:
+        """The sum of all products for the rows from `first` on, in any order."""
+        update = desk.array("update", np.float32, shape)
+        if not self._is_dense:
+            self._products(update, first)
+            return update
+        height = max(1, _WIDE_ELEMENTS // max(1, self._columns))
+        for begin in range(0, len(update), height):
+            some = update[begin : begin + height]
+            wide = desk.array("wide", np.float64, some.shape)
+            self._products(wide, first + begin)
+            np.copyto(some, wide, casting="same_kind")
+        return update
+
+    def _products(self, update: NDArray[Any], first: int) -> None:
+        """Set `update`, of the rows from `first` on, to the sum of all products, in its dtype."""
         rows = range(first, first + len(update))
         if len(self._groups) == 1 and self._groups[0].covers(rows, self._columns):
             left, right = self._groups[0].factors(update.dtype)
@@ -75,53 +91,74 @@ class Sum:
             update[group.inside(rows), group.across] += left[group.own(rows)] @ right
 
     def _round(
-        self, stored: NDArray[Any], update: NDArray[Any] | None, out: NDArray[np.uint16], first: int, desk: Desk
+        self, stored: NDArray[Any], update: Floats | None, out: NDArray[np.uint16], first: int, desk: Desk
     ) -> NDArray[np.intp]:
         """Round the sum for one piece into `out`; return the flat places where float32 leaves that open."""
         near = desk.array("near", np.float32, stored.shape)
         widen(stored, self.plan.source.dtype, near)
-        if update is None:
-            return settle(near, None, self.plan.dtype, out, desk)
-        unit = UNIT
-        if update.dtype == np.float64:
-            unit = _UNIT64
-            np.copyto(near, np.add(update, near, out=desk.array("total", np.float64, near.shape)), casting="same_kind")
-        else:
+        if update is not None:
             np.add(near, update, out=near)
-        bound = None if self._is_fast else self._bound(near.shape, first, unit, desk)
-        return settle(near, bound, self.plan.dtype, out, desk)
+            if not self._is_fast:
+                return settle(near, self._bound(near.shape, first, desk), self.plan.dtype, out, desk)
+        narrow(near, self.plan.dtype, out, desk)
+        return np.empty(0, np.intp)
 
-    def _bound(self, shape: tuple[int, ...], first: int, unit: float, desk: Desk) -> Floats:
-        """How far the sum of these rows may be from what is defined, but for one rounding to float32.
-
-        The error of one addition is at most `unit` times what is added up, and the magnitudes of all products
-        of an element add up to at most the product of two norms (Cauchy and Schwarz).
-        """
+    def _bound(self, shape: tuple[int, ...], first: int, desk: Desk) -> Floats:
+        """How far the sum of these rows may be from what is defined, but for one rounding to float32."""
         rows, bound = range(first, first + shape[0]), desk.array("bound", np.float32, shape)
-        additions = sum(group.rank + 2 for group in self._groups) + len(self._groups) + 2
+        share = np.float32(self._lost_share)
         if len(self._groups) == 1 and self._groups[0].covers(rows, self._columns):
             (group,) = self._groups
-            tall = group.tall[group.own(rows)] * np.float32(additions * unit)
+            tall = group.tall[group.own(rows)] * share
             np.einsum("ij,jk->ik", tall, group.wide, out=bound)  # twice as fast as to multiply
             return bound
-        bound.fill(0)
+        bound.fill(_SMALLEST_NORM**2 * share)
         for group in self._groups:
-            tall = group.tall[group.own(rows)] * np.float32(additions * unit)
-            bound[group.inside(rows), group.across] += tall * group.wide
+            bound[group.inside(rows), group.across] += group.tall[group.own(rows)] * share * group.wide
         return bound
 
+    @property
+    def _lost_share(self) -> float:
+        """How far `_update` may be from what is defined, as a share of what the magnitudes of all products add up to.
+
+        Those add up to at most the product of two norms (Cauchy and Schwarz).
+        """
+        if self._is_dense:
+            return UNIT + self._lost_in_float64
+        return (sum(group.rank for group in self._groups) + len(self._groups) + 3) * UNIT
+
+    @property
+    def _lost_in_float64(self) -> float:
+        """The same for a sum in float64 in any order; the definition is one order."""
+        return (sum(group.rank for group in self._groups) + len(self._groups) + 2) * 2 * _UNIT64
+
     def _recompute(self, places: NDArray[np.intp], stored: NDArray[Any], out: NDArray[np.uint16], first: int) -> None:
-        """Set the elements at these flat places to what they are by definition."""
+        """Set the elements at these flat places to what they are by definition.
+
+        Float64 in any order decides nearly all of them, in a third of the time.
+        """
         step = max(64, _GATHERED // max(1, *(group.rank for group in self._groups)))
         for begin in range(0, len(places), step):
-            rows, columns = np.divmod(places[begin : begin + step], self._columns)
-            update = np.zeros(len(rows))
-            for group in self._groups:
-                group.add_each(update, rows + first, columns)
-            update += widened(stored[rows, columns], self.plan.source.dtype, np.float64)
-            out[rows, columns] = narrow_each(update, self.plan.dtype)
-        if len(places) > stored.size * _DENSE_SHARE:
-            self._is_dense = True
+            some = places[begin : begin + step]
+            values, bound = self._sum_each(some, stored, first, _sum_in_any_order)
+            low, high = (narrow_each(end, self.plan.dtype) for end in (values - bound, values + bound))
+            out.reshape(-1)[some] = low
+            some = some[low != high]
+            if len(some):
+                values, _ = self._sum_each(some, stored, first, _sum_as_defined)
+                out.reshape(-1)[some] = narrow_each(values, self.plan.dtype)
+
+    def _sum_each(
+        self, places: NDArray[np.intp], stored: NDArray[Any], first: int, add_up: _AddUp
+    ) -> tuple[Doubles, Doubles]:
+        """(values, how far they may be from what is defined) at these flat places."""
+        rows = places // self._columns
+        columns = places - rows * self._columns
+        update, norms = np.zeros(len(places)), np.zeros(len(places))
+        for group in self._groups:
+            group.add_each(update, norms, rows + first, columns, add_up)
+        update += widened(stored.reshape(-1)[places], self.plan.source.dtype, np.float64)
+        return update, norms * self._lost_in_float64 + np.abs(update) * (4 * _UNIT64)
 
     def _survival(
         self, stored: NDArray[Any], update: NDArray[Any], out: NDArray[np.uint16], first: int, desk: Desk
@@ -134,7 +171,7 @@ class Sum:
         widen(stored[rows], source, before)
         if source != target:  # what rounding the base loses is not the update's
             bits = np.empty(before.shape, np.uint16)
-            settle(before, None, target, bits, desk)
+            narrow(before, target, bits, desk)
             widen(bits.view(stored_dtype(target)), target, before)
         widen(out[rows].view(stored_dtype(target)), target, written)
         written -= before
@@ -151,8 +188,8 @@ class _Group:
         pairs = [_pair(term, files) for term in terms]
         self._rows = terms[0].rows
         self.across = slice(*terms[0].columns)
-        self._left = np.concatenate([left for left, _ in pairs], axis=1)
-        self._right = np.concatenate([right for _, right in pairs], axis=0)
+        self._left = _joined([left for left, _ in pairs], axis=1)
+        self._right = _joined([right for _, right in pairs], axis=0)
         self.rank = len(self._right)
         self.tall, self.wide = _norms(pairs)
 
@@ -184,17 +221,34 @@ class _Group:
         return self._right.astype(np.float64)
 
     @cached_property
-    def _by_column(self) -> Doubles:
+    def _by_column(self) -> Floats:
         """The right factor with the ranks of a column side by side."""
-        return np.ascontiguousarray(self._right.T, np.float64)
+        return np.ascontiguousarray(self._right.T)
 
-    def add_each(self, update: Doubles, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> None:
-        """Add to `update` (n,) the elements at these places of the tensor, each summed as defined."""
-        inside = (rows >= self._rows[0]) & (rows < self._rows[1])
-        inside &= (columns >= self.across.start) & (columns < self.across.stop)
-        products = self._left.take(rows[inside] - self._rows[0], axis=0)
-        products *= self._by_column.take(columns[inside] - self.across.start, axis=0)
-        update[inside] += sum_by_halves(products)
+    def add_each(
+        self, update: Doubles, norms: Doubles, rows: NDArray[np.intp], columns: NDArray[np.intp], add_up: _AddUp
+    ) -> None:
+        """Add the elements at these places of the tensor to `update` (n,), and what bounds them to `norms`."""
+        rows, columns = rows - self._rows[0], columns - self.across.start
+        inside: NDArray[np.bool_] | slice = slice(None)
+        here = (rows >= 0) & (rows < len(self._left)) & (columns >= 0) & (columns < self._right.shape[1])
+        if not here.all():
+            inside, rows, columns = here, rows[here], columns[here]
+        update[inside] += add_up(self._left.take(rows, axis=0), self._by_column.take(columns, axis=0))
+        norms[inside] += self.tall[rows, 0] * self.wide[0, columns]
+
+
+def _sum_in_any_order(left: Doubles, right: Floats) -> Doubles:
+    """The sum of the products of each row of two (n, rank)."""
+    total: Doubles = np.einsum("ij,ij->i", left, right)
+    return total
+
+
+def _sum_as_defined(left: Doubles, right: Floats) -> Doubles:
+    """The same, as docs/numerics.md has it; `left` is used up."""
+    left *= right
+    total: Doubles = sum_by_halves(left)
+    return total
 
 
 def _pair(term: Term, files: FileSet) -> tuple[Doubles, Floats]:
@@ -206,7 +260,13 @@ def _pair(term: Term, files: FileSet) -> tuple[Doubles, Floats]:
     left, right = left[:, : term.rank_limit], right[: term.rank_limit]
     if term.transposed:
         left, right = right.T, left.T
-    return left[slice(*term.part)].astype(np.float64) * (term.scale * term.weight), np.ascontiguousarray(right)
+    scaled = np.multiply(left[slice(*term.part)], term.scale * term.weight, dtype=np.float64, order="C")
+    return scaled, np.ascontiguousarray(right)
+
+
+def _joined(arrays: list[NDArray[Number]], axis: int) -> NDArray[Number]:
+    """The arrays side by side; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=axis)
 
 
 def _load(stored: Stored, files: FileSet) -> Floats:
@@ -221,8 +281,10 @@ def _norms(pairs: Sequence[tuple[Doubles, Floats]]) -> tuple[Floats, Floats]:
     """
     tall, wide = [], []
     for left, right in pairs:
-        rows = np.sqrt(np.square(left).sum(axis=1, keepdims=True))
-        columns = np.sqrt(np.square(right, dtype=np.float64).sum(axis=0, keepdims=True))
+        rows = np.sqrt(np.einsum("ij,ij->i", left, left))[:, None]
+        # In float32 a square may lose 2**-150 and each sum of so many 2**-24 of it.
+        squares = np.einsum("ij,ij->j", right, right)[None].astype(np.float64)
+        columns = np.sqrt(squares * (1 + len(right) * 2.0**-23) + len(right) * 2.0**-149)
         higher, lower = float(rows.max(initial=0.0)), float(columns.max(initial=0.0))
         shift = 0
         if 0 < higher < math.inf and 0 < lower < math.inf:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bake.dtypes import DTYPES
 from bake.execute.plain.desk import Desk
-from bake.execute.plain.rounding import TooLarge, narrow_all, narrow_each, settle, widen
+from bake.execute.plain.rounding import TooLarge, narrow, narrow_all, narrow_each, settle, widen
 from bake.io.arrays import stored_dtype, widened
 from bake.verify.rounding import round_once, spacing
 
@@ -35,7 +35,11 @@ def settled(near: NDArray[Any], bound: Floats | None, tag: str) -> tuple[NDArray
     near = np.array(near, np.float32).reshape(1, -1)
     out = np.full(near.shape, 0x7FFF, np.uint16)
     with np.errstate(all="ignore"):
-        undecided = settle(near, None if bound is None else bound.reshape(1, -1).copy(), tag, out, Desk())
+        if bound is None:
+            narrow(near, tag, out, Desk())
+            return out.reshape(-1), np.empty(0, np.intp)
+        more = bound.reshape(1, -1) * np.float32(1 + 2.0**-20) + np.float32(2.0**-149)
+        undecided = settle(near, more, tag, out, Desk())
     return out.reshape(-1), undecided
 
 
@@ -197,8 +201,15 @@ class TestWithABound:
     @every_tag
     def test_zeros_are_left_open_for_their_sign(self, tag: str) -> None:
         least = 2.0**-24 if tag == "F16" else 2.0**-133
-        near = np.array([0.0, -0.0, least / 4, -least / 4, least, -least], np.float32)
-        assert settled(near, np.zeros_like(near), tag)[1].tolist() == [0, 1, 2, 3]
+        near = np.array([0.0, -0.0, least / 4, -least / 4, least / 4, -least / 4, least, -least], np.float32)
+        bound = np.array([0.0, 0.0, least / 4, least / 4, 0.0, 0.0, 0.0, 0.0], np.float32)
+        assert settled(near, bound, tag)[1].tolist() == [0, 1, 2, 3]
+
+    @every_tag
+    def test_a_bound_that_reaches_what_may_not_fit_leaves_open(self, tag: str) -> None:
+        near = np.array([LIMITS[tag] / 2, 1.0, -LIMITS[tag] / 2, 1.0], np.float32)
+        bound = np.array([LIMITS[tag], 2.0**-20, np.inf, np.nan], np.float32)
+        assert settled(near, bound, tag)[1].tolist() == [0, 2, 3]
 
 
 class TestFloat64:
