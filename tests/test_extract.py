@@ -17,6 +17,7 @@ from test_support import DITS, tiny_base
 
 from bake import combine, extract, fuse, resize
 from bake.errors import BakeError, FamilyMismatch, Mismatch, NonFinite, ShapeMismatch, UsageError
+from bake.plan.extraction import ExtractionRequest, plan_extraction
 
 WEIGHTS = ("model.diffusion_model.", "cond_stage_model.", "conditioner.")
 
@@ -105,6 +106,49 @@ def random_like(path: Path) -> Arrays:
     return {
         name: values.astype(np.float32) if values.dtype.kind == "f" else values for name, values in load(path).items()
     }
+
+
+def gpt2(layers: int = 2, width: int = 16) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a small GPT-2, whose Linear weights are stored (in, out)."""
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (20, width), "wpe.weight": (8, width)}
+    for layer in range(layers):
+        for leaf, shape in (
+            *(("attn.c_attn", (width, 3 * width)), ("attn.c_proj", (width, width))),
+            *(("mlp.c_fc", (width, 4 * width)), ("mlp.c_proj", (4 * width, width))),
+        ):
+            shapes |= {f"h.{layer}.{leaf}.weight": shape, f"h.{layer}.{leaf}.bias": shape[1:]}
+        shapes |= {f"h.{layer}.ln_1.{leaf}": (width,) for leaf in ("weight", "bias")}
+    return shapes
+
+
+@pytest.mark.parametrize("rank", [3, 100])
+def test_layers_that_are_stored_the_other_way_round(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bake.execute.extract._BLOCK_ELEMENTS", 100)
+    arrays = random_arrays(gpt2(), np.float32)
+    for name, values in (("base", arrays), ("tuned", tune(arrays, matrices=False))):
+        save(tmp_path / name / "model.safetensors", values)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2Model"]}))
+    tuned, base = tmp_path / "tuned", tmp_path / "base"
+    done = extract(tuned, base, tmp_path / "lora", rank=rank, dtype="fp32", full_rest=True, memory=0)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    factors = load(tmp_path / "lora" / "adapter_model.safetensors")
+    assert factors["base_model.model.h.0.attn.c_attn.lora_B.weight"].shape == (48, min(rank, 16))
+    fuse(base, [tmp_path / "lora"], tmp_path / "out")
+    files = [folder / "model.safetensors" for folder in (tuned, base, tmp_path / "out")]
+    assert measured_error(*files) == pytest.approx(done.error, rel=1e-4, abs=3e-7)
+    assert (done.error < 1e-6) == (rank == 100)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("names", ["kohya", "diffusers"])
+def test_the_announced_bytes_are_those_of_the_tensors(family: str, names: Any, tmp_path: Path) -> None:
+    """Also where one stored projection is several modules of the dialect."""
+    base = tiny_base(family, tmp_path)
+    plan = plan_extraction(ExtractionRequest(tuned=base, base=base, names=names))
+    stretches = [each for found in plan.differences for each in (*found.tuned, *found.base)]
+    whole = {(each.stored.input, each.stored.name): each.stored.span for each in stretches}
+    assert len(stretches) > len(whole) or names == "kohya"
+    assert plan.data_bytes == sum(end - begin for begin, end in whole.values())
 
 
 def test_kohyas_names_are_those_of_kohya(tmp_path: Path) -> None:
