@@ -58,6 +58,10 @@ def test_a_full_rank_lora_gives_the_tuned_model_back(family: str, tmp_path: Path
         tuned, base, tmp_path / "l.safetensors", rank=10**6, dtype="fp32", full_rest=True, only=["unet", "te"]
     )
     assert set(done.counts) <= {"lora", "full", "unchanged"}
+    unet, names = "lora_unet_", set(load(done.output))
+    conv = "down_blocks_0_resnets_0" if family == "sd1" else "input_blocks_1_0"
+    norm, layer = ("norm1", "conv1") if family == "sd1" else ("in_layers_0", "in_layers_2")
+    assert {f"{unet}{conv}_{norm}.w_norm", f"{unet}{conv}_{norm}.b_norm", f"{unet}{conv}_{layer}.diff_b"} <= names
     assert done.error < 1e-7
     fuse(base, [done.output], tmp_path / "fused.safetensors")
     assert measured_error(tuned, base, tmp_path / "fused.safetensors") < 3e-7  # the base's own rounding comes on top
@@ -204,6 +208,45 @@ def test_what_is_no_layer_is_listed_and_counted(tmp_path: Path) -> None:
     )
 
 
+def test_of_the_vae_nothing_is_stored_and_that_is_said(tmp_path: Path) -> None:
+    arrays = random_arrays(small("sd1"), np.float32)
+    changed = tune(arrays)
+    vae = [name for name in arrays if name.startswith("first_stage_model.")]
+    base = save(tmp_path / "base.safetensors", arrays | {"model_ema.decay": np.ones(1, np.float32)})
+    lacking = {name: values for name, values in changed.items() if name != vae[0]}
+    done = extract(save(tmp_path / "t.safetensors", lacking), base, tmp_path / "l.safetensors", rank=1, full_rest=True)
+    of_vae = [each for each in done.modules if each.component == "vae"]
+    assert {each.kind for each in of_vae} == {"left-out", "unchanged"}
+    assert done.left_out > 0
+    assert not [name for name in load(done.output) if "first_stage" in name]
+    assert "1 tensors of the vae are called differently in the two models: not compared" in done.notes
+    assert any("belong to no model (e.g. model_ema.decay)" in note for note in done.notes)
+
+
+def test_what_only_float64_tells_apart_is_found(tmp_path: Path) -> None:
+    arrays = random_arrays(small("sd1"), np.float64)
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    nudged = arrays | {name: arrays[name] * (1 + 2.0**-40)}
+    tuned, base = (save(tmp_path / f"{n}.safetensors", each) for n, each in enumerate((nudged, arrays)))
+    done = extract(tuned, base, tmp_path / "l.safetensors", rank=100, dtype="fp32")
+    assert [each.module for each in done.modules if each.kind == "lora"] == ["lora_unet_mid_block_attentions_0_proj_in"]
+    assert done.error < 1e-6
+
+
+def test_dora_of_a_row_of_zeros_is_a_row_of_zeros(tmp_path: Path) -> None:
+    tuned, base = (load(path) for path in pair(tmp_path))
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    for number, arrays in enumerate((tuned, base)):
+        arrays[name][0] = 0
+        kept = {key: values.astype(np.float32) for key, values in arrays.items()}
+        save(tmp_path / f"{number}.safetensors", kept)
+    files = tmp_path / "0.safetensors", tmp_path / "1.safetensors"
+    done = extract(*files, tmp_path / "dora.safetensors", rank=2, only=["unet"], dora=True)
+    fuse(files[1], [done.output], tmp_path / "f.safetensors")
+    assert 0 < done.error < 1
+    assert not load(tmp_path / "f.safetensors")[name][0].any()
+
+
 def test_dora_keeps_the_lengths_of_the_rows(tmp_path: Path) -> None:
     tuned, base = pair(tmp_path)
     plain = extract(tuned, base, tmp_path / "plain.safetensors", rank=2, only=["unet"])
@@ -336,8 +379,14 @@ def test_models_that_do_not_fit_together(tmp_path: Path) -> None:
     lacking = save(tmp_path / "less.safetensors", {key: values for key, values in arrays.items() if key != name})
     with pytest.raises(Mismatch, match="--allow-unmatched"):
         extract(tuned, lacking, output)
+    with pytest.raises(Mismatch, match=r"only .*tuned\.safetensors has 1 of"):
+        extract(tuned, lacking, output)
+    with pytest.raises(Mismatch, match=r"only .*base\.safetensors has 1 of"):
+        extract(lacking, base, output)
     done = extract(tuned, lacking, output, allow_unmatched=True, rank=1)
     assert any("proj_in" in note for note in done.notes)
+    with pytest.raises(Mismatch, match="no layer in common that a LoRA could be for"):
+        extract(tuned, base, tmp_path / "other.safetensors", only=["vae"])
     bad = save(tmp_path / "nan.safetensors", arrays | {name: arrays[name] * np.float32("nan")})
     with pytest.raises(NonFinite, match="proj_in"):
         extract(tuned, bad, tmp_path / "other.safetensors")

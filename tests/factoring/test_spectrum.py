@@ -69,7 +69,9 @@ def test_a_sketch_of_rows_in_blocks_is_of_all_of_them() -> None:
 
     values = torch.from_numpy(matrix(90, 80)).float()
     once, again = (sketched(kind(values), 4, 0, "module") for kind in (Dense, Blocks))
-    torch.testing.assert_close(once.left[:, :4] @ once.right[:4], again.left[:, :4] @ again.right[:4], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        once.left[:, :4] @ once.right[:4], again.left[:, :4] @ again.right[:4], atol=1e-5, rtol=0
+    )
 
 
 def test_a_sketch_depends_on_the_seed_and_the_name_alone() -> None:

@@ -293,3 +293,39 @@ def test_torch_is_asked_for_gpus_only_where_there_may_be_one(
     monkeypatch.setattr(os.path, "exists", lambda path: path.removeprefix("/dev/") in devices)
     monkeypatch.setattr(metadata, "version", installed)
     assert plain._may_have_gpu() is may_have
+
+
+DIES = "from bake.execute.plain.sums import Sum; import os; Sum.fuse = lambda *rest: os.kill(os.getpid(), 9)\n"
+STARVES = "from bake.execute.plain.sums import Sum; Sum.fuse = lambda *rest: bytearray(1 << 60)\n"
+
+
+@linux
+@pytest.mark.parametrize(("what", "says"), [(DIES, "a worker was killed (signal 9)"), (STARVES, "memory")])
+def test_a_worker_that_the_system_kills_or_starves_costs_nothing(tmp_path: Path, what: str, says: str) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    words = ("fuse", base, "-l", lora, "-o", tmp_path / "out.safetensors", "--device", "cpu", "--threads", "3")
+    done = changed_bake(NO_TORCH + NO_THREADS + what, *words)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+    assert "--memory" in done.err
+    assert done.err.count("\n") == 1
+    assert set(tmp_path.iterdir()) == {base, lora}
+
+
+def test_a_thread_looks_between_two_blocks_whether_the_run_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[int] = []
+
+    def failing(self: Any, tensor: Any, work: Any, first: int, *rest: Any) -> Any:
+        blocks.append(first)
+        self._task.team.stop(NonFinite("elsewhere"))
+        return plain.NOTHING
+
+    monkeypatch.setattr(plain, "_SMALLEST_BLOCK", 1)
+    monkeypatch.setattr(plain._Worker, "_pass", failing)
+    monkeypatch.setattr("bake.execute.plain.crew.can_fork", lambda: False)
+    base, lora, _ = sd1_pair(tmp_path)
+    with pytest.raises(NonFinite, match="elsewhere"):
+        fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", threads=1)
+    assert blocks == [0]
