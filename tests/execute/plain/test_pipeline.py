@@ -304,7 +304,7 @@ STARVES = "from bake.execute.plain.sums import Sum; Sum.fuse = lambda *rest: byt
 def test_a_worker_that_the_system_kills_or_starves_costs_nothing(tmp_path: Path, what: str, says: str) -> None:
     base, lora, _ = sd1_pair(tmp_path)
     words = ("fuse", base, "-l", lora, "-o", tmp_path / "out.safetensors", "--device", "cpu", "--threads", "3")
-    done = changed_bake(NO_TORCH + NO_THREADS + what, *words)
+    done = changed_bake(NO_TORCH + NO_THREADS + what, *words, OPENBLAS_NUM_THREADS="1")
     assert (done.code, done.out) == (2, "")
     assert says in done.err
     assert "--memory" in done.err
