@@ -133,6 +133,8 @@ def test_layers_that_are_stored_the_other_way_round(rank: int, tmp_path: Path, m
         save(tmp_path / name / "model.safetensors", values)
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2Model"]}))
     tuned, base = tmp_path / "tuned", tmp_path / "base"
+    plan = plan_extraction(ExtractionRequest(tuned, base))
+    assert plan.data_bytes == 2 * sum(values.nbytes for values in arrays.values())
     done = extract(tuned, base, tmp_path / "lora", rank=rank, dtype="fp32", full_rest=True, memory=0)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     factors = load(tmp_path / "lora" / "adapter_model.safetensors")
