@@ -244,6 +244,41 @@ def test_resizing_what_has_no_ranks_of_its_own_is_refused(tmp_path: Path) -> Non
         resize(tmp_path / "mlx", tmp_path / "out", rank=1)
 
 
+def test_resizing_leaves_parts_that_share_an_alpha_as_they_are(tmp_path: Path) -> None:
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    parts: Arrays = {f"{name}.lora_up.{part}.weight": random(part, 8, 2) for part in range(3)}
+    parts |= {f"{name}.lora_down.{part}.weight": random(9 + part, 2, 8) for part in range(3)}
+    parts |= {f"{name}.alpha": np.ones(())}
+    pair = {
+        f"lora_unet_img_in.lora_{end}.weight": random(20, *shape) for end, shape in (("up", (8, 2)), ("down", (2, 4)))
+    }
+    old = save(tmp_path / "old.safetensors", parts | pair)
+    found = resize(old, tmp_path / "new.safetensors", rank=1).output
+    assert {key: raw(found)[key] for key in parts} == {key: raw(old)[key] for key in parts}
+    assert load(found)["lora_unet_img_in.lora_up.weight"].shape == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "factors", "says"),
+    [
+        ("model.layers.0.mlp.experts", {"lora_A.weight": (4, 8), "lora_B.weight": (12, 4)}, "stacked experts"),
+        ("model.layers.0.mlp.up_proj", {"fourierft_spectrum": (4,)}, "FourierFT"),
+    ],
+)
+def test_resizing_what_its_configuration_cannot_say_is_refused(
+    tmp_path: Path, module: str, factors: dict[str, tuple[int, ...]], says: str
+) -> None:
+    arrays: Arrays = {f"base_model.model.{module}.{leaf}": random(1, *shape) for leaf, shape in factors.items()}
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    arrays |= {f"{layer}.lora_A.weight": random(2, 2, 8), f"{layer}.lora_B.weight": random(3, 8, 2)}
+    save(tmp_path / "peft" / "adapter_model.safetensors", arrays)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.down_proj"]}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(Unsupported, match=says):
+        resize(tmp_path / "peft", tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_resizing_by_a_rule_gives_each_module_its_own_rank(tmp_path: Path) -> None:
     arrays = load(lora(tmp_path, "old", 1, rank=4))
     name = next(iter(SD1_MODULES))
@@ -270,10 +305,10 @@ def test_resizing_copies_what_is_no_lora_and_refuses_where_there_is_none(tmp_pat
 def test_a_tucker_core_goes_into_the_down_factor(tmp_path: Path) -> None:
     module = "lora_unet_down_blocks_0_resnets_0_conv1"
     up, mid, down = random(1, 4, 3, 1, 1), random(2, 3, 3, 3, 3), random(3, 3, 4, 1, 1)
-    names = {"lora_up": up, "lora_mid": mid, "lora_down": down}
-    old = save(tmp_path / "old.safetensors", {f"{module}.{name}.weight": each for name, each in names.items()})
+    arrays = {f"{module}.lora_{name}.weight": each for name, each in (("up", up), ("mid", mid), ("down", down))}
+    old = save(tmp_path / "old.safetensors", arrays | {f"{module}.alpha": np.array(1.5)})
     done = resize(old, tmp_path / "new.safetensors", rank=2, dtype="fp32")
-    exact = lora_delta(up, down, mid)
+    exact = lora_delta(up, down, mid) / 2
     found = updates(done.output)[module]
     assert done.error == pytest.approx(np.linalg.norm(found - exact) / np.linalg.norm(exact), rel=1e-5)
     assert f"{module}.lora_mid.weight" not in raw(done.output)
