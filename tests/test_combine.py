@@ -140,6 +140,39 @@ def test_peft_combines_whole_updates_alike(tmp_path: Path) -> None:
         np.testing.assert_allclose(load(tmp_path / "f.safetensors")["0.weight"], expected, atol=2e-5)
 
 
+def test_the_rank_is_that_of_the_largest_unless_named_and_factors_are_cut_where_asked(tmp_path: Path) -> None:
+    one, two = lora(tmp_path, "one", 1), lora(tmp_path, "two", 900, rank=3)
+    for method, density in (("svd", None), ("ties", 0.5)):
+        plain = combine([one, two], tmp_path / f"{method}.safetensors", method=method, density=density)
+        assert plain.ranks == (3,)
+        cut = combine(
+            *([one, two], tmp_path / f"{method}-cut.safetensors"),
+            **{"method": method, "density": density, "clamp_quantile": 0.8},  # type: ignore[arg-type]
+        )
+        assert cut.error > plain.error
+
+
+def test_what_there_is_no_sum_of_is_refused(tmp_path: Path) -> None:
+    one, out = load(lora(tmp_path, "one", 1)), tmp_path / "o.safetensors"
+    module = "lora_unet_down_blocks_0_resnets_0_conv1"
+    up, down = one[f"{module}.lora_up.weight"], one[f"{module}.lora_down.weight"]
+    rest = {name: values for name, values in one.items() if not name.startswith(module)}
+    whole = {f"{module}.diff": np.ones((len(up), *down.shape[1:]))}
+    dora = one | {f"{module}.dora_scale": np.ones((len(up), 1, 1, 1))}
+    files = [save(tmp_path / f"{n}.safetensors", each) for n, each in enumerate((one, rest | whole, dora))]
+    with pytest.raises(Unsupported, match="only LoRAs with LoRAs"):
+        combine(files[:2], out)
+    with pytest.raises(Unsupported, match="there is no sum of them"):
+        combine([files[0], files[2]], out)
+    norms = [
+        save(tmp_path / f"norm{size}.safetensors", one | {"lora_unet_conv_norm_out.w_norm": np.ones(size)})
+        for size in (4, 5)
+    ]
+    with pytest.raises(ShapeMismatch, match="of several shapes"):
+        combine(norms, out)
+    assert not out.exists()
+
+
 def test_stored_differences_are_added(tmp_path: Path) -> None:
     name = "lora_unet_conv_norm_out"
     files = [
@@ -176,6 +209,76 @@ def test_resizing_to_its_own_rank_changes_nothing(tmp_path: Path) -> None:
     assert done.counts == {"kept": len(SD1_MODULES)}
 
 
+def test_resizing_to_its_own_rank_still_does_what_else_is_asked(tmp_path: Path) -> None:
+    old = lora(tmp_path, "old", 1, rank=4)
+    done = resize(old, tmp_path / "bf16.safetensors", rank=4, dtype="bf16")
+    assert {kind for name, (kind, *_) in raw(done.output).items() if "lora_" in name} == {"BF16"}
+    assert 0 < done.error < 0.01
+    assert resize(old, tmp_path / "cut.safetensors", rank=4, clamp_quantile=0.9).error > 0.01
+
+
+def test_resizing_a_lora_that_changes_nothing_leaves_it_a_rank(tmp_path: Path) -> None:
+    arrays = load(lora(tmp_path, "old", 1, rank=4))
+    first, second, *_ = SD1_MODULES
+    arrays[f"{first}.lora_up.weight"][:] = 0
+    arrays[f"{second}.alpha"] = arrays[f"{second}.alpha"].reshape(1)
+    done = resize(save(tmp_path / "zero.safetensors", arrays), tmp_path / "new.safetensors", rank=3)
+    found = load(done.output)
+    assert {each.module: each.rank for each in done.modules} == {
+        module: 1 + 2 * (module != first) for module in SD1_MODULES
+    }
+    assert found[f"{first}.lora_up.weight"].shape[1] == found[f"{first}.lora_down.weight"].shape[0] == 1
+    assert found[f"{second}.alpha"].shape == (1,)
+    fuse(save_base(tmp_path / "base.safetensors"), [done.output], tmp_path / "out.safetensors")
+
+
+def test_resizing_what_has_no_ranks_of_its_own_is_refused(tmp_path: Path) -> None:
+    factors = {
+        f"model.layers.0.self_attn.q_proj.lora_{end}": np.ones(shape) for end, shape in (("a", (8, 2)), ("b", (2, 8)))
+    }
+    save(tmp_path / "mlx" / "adapters.safetensors", factors)
+    (tmp_path / "mlx" / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 1.0}})
+    )
+    with pytest.raises(Unsupported, match="bake convert --names peft"):
+        resize(tmp_path / "mlx", tmp_path / "out", rank=1)
+
+
+def test_resizing_leaves_parts_that_share_an_alpha_as_they_are(tmp_path: Path) -> None:
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    parts: Arrays = {f"{name}.lora_up.{part}.weight": random(part, 8, 2) for part in range(3)}
+    parts |= {f"{name}.lora_down.{part}.weight": random(9 + part, 2, 8) for part in range(3)}
+    parts |= {f"{name}.alpha": np.ones(())}
+    pair = {
+        f"lora_unet_img_in.lora_{end}.weight": random(20, *shape) for end, shape in (("up", (8, 2)), ("down", (2, 4)))
+    }
+    old = save(tmp_path / "old.safetensors", parts | pair)
+    found = resize(old, tmp_path / "new.safetensors", rank=1).output
+    assert {key: raw(found)[key] for key in parts} == {key: raw(old)[key] for key in parts}
+    assert load(found)["lora_unet_img_in.lora_up.weight"].shape == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "factors", "says"),
+    [
+        ("model.layers.0.mlp.experts", {"lora_A.weight": (4, 8), "lora_B.weight": (12, 4)}, "stacked experts"),
+        ("model.layers.0.mlp.up_proj", {"fourierft_spectrum": (4,)}, "FourierFT"),
+    ],
+)
+def test_resizing_what_its_configuration_cannot_say_is_refused(
+    tmp_path: Path, module: str, factors: dict[str, tuple[int, ...]], says: str
+) -> None:
+    arrays: Arrays = {f"base_model.model.{module}.{leaf}": random(1, *shape) for leaf, shape in factors.items()}
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    arrays |= {f"{layer}.lora_A.weight": random(2, 2, 8), f"{layer}.lora_B.weight": random(3, 8, 2)}
+    save(tmp_path / "peft" / "adapter_model.safetensors", arrays)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.down_proj"]}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(Unsupported, match=says):
+        resize(tmp_path / "peft", tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_resizing_by_a_rule_gives_each_module_its_own_rank(tmp_path: Path) -> None:
     arrays = load(lora(tmp_path, "old", 1, rank=4))
     name = next(iter(SD1_MODULES))
@@ -202,10 +305,10 @@ def test_resizing_copies_what_is_no_lora_and_refuses_where_there_is_none(tmp_pat
 def test_a_tucker_core_goes_into_the_down_factor(tmp_path: Path) -> None:
     module = "lora_unet_down_blocks_0_resnets_0_conv1"
     up, mid, down = random(1, 4, 3, 1, 1), random(2, 3, 3, 3, 3), random(3, 3, 4, 1, 1)
-    names = {"lora_up": up, "lora_mid": mid, "lora_down": down}
-    old = save(tmp_path / "old.safetensors", {f"{module}.{name}.weight": each for name, each in names.items()})
+    arrays = {f"{module}.lora_{name}.weight": each for name, each in (("up", up), ("mid", mid), ("down", down))}
+    old = save(tmp_path / "old.safetensors", arrays | {f"{module}.alpha": np.array(1.5)})
     done = resize(old, tmp_path / "new.safetensors", rank=2, dtype="fp32")
-    exact = lora_delta(up, down, mid)
+    exact = lora_delta(up, down, mid) / 2
     found = updates(done.output)[module]
     assert done.error == pytest.approx(np.linalg.norm(found - exact) / np.linalg.norm(exact), rel=1e-5)
     assert f"{module}.lora_mid.weight" not in raw(done.output)

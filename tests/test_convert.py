@@ -234,5 +234,33 @@ def test_every_verb_takes_every_dialect_it_writes(tmp_path: Path) -> None:
         fused(base, adapter, tmp_path)
 
 
+@pytest.mark.parametrize("how", [{"rank": 1}, {"keep": "fro=0.9"}], ids=str)
+def test_an_adapter_resized_in_any_dialect_is_the_same(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Ranks and alphas that stand in metadata or a configuration are the new ones, module by module."""
+    base, first = tiny_base("flux", tmp_path), flux_lora(tmp_path, 0.75)
+    arrays = load(first)
+    arrays["lora_unet_img_in.lora_up.weight"][:, 1:] *= 0.01  # a rank of 1 is enough for this one
+    first = save(first, arrays, {"ss_base_model_version": "flux1"})
+    one = resize(first, tmp_path / "r.safetensors", dtype="fp32", **how)
+    assert len(one.ranks) == (1 if "rank" in how else 2)
+    expected = fused(base, one.output, tmp_path)
+    for names, output in (("diffusers", "d.safetensors"), ("peft", "p")):
+        there = convert(one.output, tmp_path / f"first-{output}", names=names)
+        whole = convert(first, tmp_path / output, names=names).output
+        done = resize(whole, tmp_path / f"r-{output}", dtype="fp32", **how)
+        # Cut in pieces, q, k and v have singular values, and ranks, of their own.
+        assert fused(base, there.output, tmp_path) == expected
+        again = convert(done.output, tmp_path / f"again-{names}.safetensors", names="kohya", base=base)
+        fuse(base, [again.output], tmp_path / "one.safetensors", overwrite=True, dtype="fp32")
+        fuse(base, [done.output], tmp_path / "two.safetensors", overwrite=True, dtype="fp32")
+        fuse(base, [whole], tmp_path / "whole.safetensors", overwrite=True, dtype="fp32")
+        results = [load(tmp_path / f"{name}.safetensors") for name in ("one", "two", "whole")]
+        before = load(base)
+        lost = sum(((results[1][name] - results[2][name]) ** 2).sum() for name in before)
+        size = sum(((results[2][name] - before[name]) ** 2).sum() for name in before)
+        assert done.error == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+        assert all(np.allclose(results[0][name], results[1][name], atol=1e-6) for name in before)
+
+
 def test_arrays_are_small() -> None:
     assert sum(values.nbytes for values in random_arrays(small("sd1")).values()) < 1_000_000

@@ -17,6 +17,7 @@ from test_support import DITS, tiny_base
 
 from bake import combine, extract, fuse, resize
 from bake.errors import BakeError, FamilyMismatch, Mismatch, NonFinite, ShapeMismatch, UsageError
+from bake.plan.extraction import ExtractionRequest, plan_extraction
 
 WEIGHTS = ("model.diffusion_model.", "cond_stage_model.", "conditioner.")
 
@@ -57,6 +58,10 @@ def test_a_full_rank_lora_gives_the_tuned_model_back(family: str, tmp_path: Path
         tuned, base, tmp_path / "l.safetensors", rank=10**6, dtype="fp32", full_rest=True, only=["unet", "te"]
     )
     assert set(done.counts) <= {"lora", "full", "unchanged"}
+    unet, names = "lora_unet_", set(load(done.output))
+    conv = "down_blocks_0_resnets_0" if family == "sd1" else "input_blocks_1_0"
+    norm, layer = ("norm1", "conv1") if family == "sd1" else ("in_layers_0", "in_layers_2")
+    assert {f"{unet}{conv}_{norm}.w_norm", f"{unet}{conv}_{norm}.b_norm", f"{unet}{conv}_{layer}.diff_b"} <= names
     assert done.error < 1e-7
     fuse(base, [done.output], tmp_path / "fused.safetensors")
     assert measured_error(tuned, base, tmp_path / "fused.safetensors") < 3e-7  # the base's own rounding comes on top
@@ -105,6 +110,51 @@ def random_like(path: Path) -> Arrays:
     return {
         name: values.astype(np.float32) if values.dtype.kind == "f" else values for name, values in load(path).items()
     }
+
+
+def gpt2(layers: int = 2, width: int = 16) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a small GPT-2, whose Linear weights are stored (in, out)."""
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (20, width), "wpe.weight": (8, width)}
+    for layer in range(layers):
+        for leaf, shape in (
+            *(("attn.c_attn", (width, 3 * width)), ("attn.c_proj", (width, width))),
+            *(("mlp.c_fc", (width, 4 * width)), ("mlp.c_proj", (4 * width, width))),
+        ):
+            shapes |= {f"h.{layer}.{leaf}.weight": shape, f"h.{layer}.{leaf}.bias": shape[1:]}
+        shapes |= {f"h.{layer}.ln_1.{leaf}": (width,) for leaf in ("weight", "bias")}
+    return shapes
+
+
+@pytest.mark.parametrize("rank", [3, 100])
+def test_layers_that_are_stored_the_other_way_round(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bake.execute.extract._BLOCK_ELEMENTS", 100)
+    arrays = random_arrays(gpt2(), np.float32)
+    for name, values in (("base", arrays), ("tuned", tune(arrays, matrices=False))):
+        save(tmp_path / name / "model.safetensors", values)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2Model"]}))
+    tuned, base = tmp_path / "tuned", tmp_path / "base"
+    plan = plan_extraction(ExtractionRequest(tuned, base))
+    assert plan.data_bytes == 2 * sum(values.nbytes for values in arrays.values())
+    done = extract(tuned, base, tmp_path / "lora", rank=rank, dtype="fp32", full_rest=True, memory=0)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    factors = load(tmp_path / "lora" / "adapter_model.safetensors")
+    assert factors["base_model.model.h.0.attn.c_attn.lora_B.weight"].shape == (48, min(rank, 16))
+    fuse(base, [tmp_path / "lora"], tmp_path / "out")
+    files = [folder / "model.safetensors" for folder in (tuned, base, tmp_path / "out")]
+    assert measured_error(*files) == pytest.approx(done.error, rel=1e-4, abs=3e-7)
+    assert (done.error < 1e-6) == (rank == 100)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("names", ["kohya", "diffusers"])
+def test_the_announced_bytes_are_those_of_the_tensors(family: str, names: Any, tmp_path: Path) -> None:
+    """Also where one stored projection is several modules of the dialect."""
+    base = tiny_base(family, tmp_path)
+    plan = plan_extraction(ExtractionRequest(tuned=base, base=base, names=names))
+    stretches = [each for found in plan.differences for each in (*found.tuned, *found.base)]
+    whole = {(each.stored.input, each.stored.name): each.stored.span for each in stretches}
+    assert len(stretches) > len(whole) or names == "kohya"
+    assert plan.data_bytes == sum(end - begin for begin, end in whole.values())
 
 
 def test_kohyas_names_are_those_of_kohya(tmp_path: Path) -> None:
@@ -158,6 +208,45 @@ def test_what_is_no_layer_is_listed_and_counted(tmp_path: Path) -> None:
     assert done.left_out == pytest.approx(
         distance(goal, load(tmp_path / "f.safetensors")) / distance(goal, old), rel=1e-4
     )
+
+
+def test_of_the_vae_nothing_is_stored_and_that_is_said(tmp_path: Path) -> None:
+    arrays = random_arrays(small("sd1"), np.float32)
+    changed = tune(arrays)
+    vae = [name for name in arrays if name.startswith("first_stage_model.")]
+    base = save(tmp_path / "base.safetensors", arrays)
+    lacking = {name: values for name, values in changed.items() if name != vae[0]}
+    done = extract(save(tmp_path / "t.safetensors", lacking), base, tmp_path / "l.safetensors", rank=1, full_rest=True)
+    of_vae = [each for each in done.modules if each.component == "vae"]
+    assert {each.kind for each in of_vae} == {"left-out", "unchanged"}
+    assert done.left_out > 0
+    assert not [name for name in load(done.output) if "first_stage" in name]
+    assert "1 tensors of the vae are called differently in the two models: not compared" in done.notes
+    assert any("tensors belong to no model (e.g. alphas_cumprod): not compared" in note for note in done.notes)
+
+
+def test_what_only_float64_tells_apart_is_found(tmp_path: Path) -> None:
+    arrays = random_arrays(small("sd1"), np.float64)
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    nudged = arrays | {name: arrays[name] * (1 + 2.0**-40)}
+    tuned, base = (save(tmp_path / f"{n}.safetensors", each) for n, each in enumerate((nudged, arrays)))
+    done = extract(tuned, base, tmp_path / "l.safetensors", rank=100, dtype="fp32")
+    assert [each.module for each in done.modules if each.kind == "lora"] == ["lora_unet_mid_block_attentions_0_proj_in"]
+    assert done.error < 1e-6
+
+
+def test_dora_of_a_row_of_zeros_is_a_row_of_zeros(tmp_path: Path) -> None:
+    tuned, base = (load(path) for path in pair(tmp_path))
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    for number, arrays in enumerate((tuned, base)):
+        arrays[name][0] = 0
+        kept = {key: values.astype(np.float32) for key, values in arrays.items()}
+        save(tmp_path / f"{number}.safetensors", kept)
+    files = tmp_path / "0.safetensors", tmp_path / "1.safetensors"
+    done = extract(*files, tmp_path / "dora.safetensors", rank=2, only=["unet"], dora=True)
+    fuse(files[1], [done.output], tmp_path / "f.safetensors")
+    assert 0 < done.error < 1
+    assert not load(tmp_path / "f.safetensors")[name][0].any()
 
 
 def test_dora_keeps_the_lengths_of_the_rows(tmp_path: Path) -> None:
@@ -292,8 +381,14 @@ def test_models_that_do_not_fit_together(tmp_path: Path) -> None:
     lacking = save(tmp_path / "less.safetensors", {key: values for key, values in arrays.items() if key != name})
     with pytest.raises(Mismatch, match="--allow-unmatched"):
         extract(tuned, lacking, output)
+    with pytest.raises(Mismatch, match=r"only .*tuned\.safetensors has 1 of"):
+        extract(tuned, lacking, output)
+    with pytest.raises(Mismatch, match=r"only .*base\.safetensors has 1 of"):
+        extract(lacking, base, output)
     done = extract(tuned, lacking, output, allow_unmatched=True, rank=1)
     assert any("proj_in" in note for note in done.notes)
+    with pytest.raises(Mismatch, match="no layer in common that a LoRA could be for"):
+        extract(tuned, base, tmp_path / "other.safetensors", only=["vae"])
     bad = save(tmp_path / "nan.safetensors", arrays | {name: arrays[name] * np.float32("nan")})
     with pytest.raises(NonFinite, match="proj_in"):
         extract(tuned, bad, tmp_path / "other.safetensors")

@@ -56,7 +56,7 @@ def agreeing_mean(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     majority = torch.sign(weighted_sum(signed, [1.0] * len(signed)))
     total, count = torch.zeros_like(updates[0]), torch.zeros_like(updates[0])
     for update, weight in zip(signed, weights, strict=True):
-        agrees = (torch.sign(update) == majority) & (majority != 0)
+        agrees = torch.sign(update) == majority
         total += torch.where(agrees, update * abs(weight), 0.0)
         count += agrees
     return total / count.clamp(min=1)

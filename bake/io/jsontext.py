@@ -38,8 +38,12 @@ def parse_object(
             refuse(f"holds {token}, which JSON does not know")
         return float(token)
 
+    def integer(token: str) -> float:
+        return -0.0 if token == "-0" else int(token)  # Python reads 0, other readers a number that is no integer
+
+    parse_int = integer if b"-0" in text else None  # it costs time
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=parse_int)
         if b"\\ud" in text.lower():  # an escaped lone surrogate parses, but no writer could store it
             json.dumps(found, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON, giant numbers

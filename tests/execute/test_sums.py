@@ -358,6 +358,8 @@ def test_any_sum_of_numbers_of_any_size(
     with pytest.MonkeyPatch.context() as patch:
         for module in (plain, sums) if share is not None else ():
             patch.setattr(module, "_DENSE_SHARE", share)
+        patch.setattr(plain, "_PIECE_ELEMENTS", int(random.choice([1, 100, 1 << 16])))
+        patch.setattr(plain, "_GATHERED", int(random.choice([1, 1 << 16])))
         if tag == "BF16" or bench.largest() < 60000:  # the others are refused
             bench.check([int(random.choice([1, 4, 30]))])
 
@@ -424,6 +426,37 @@ class TestTheSameBytes:
         monkeypatch.setattr(torch, "mm", shuffled)
         assert bench.run() == bench.due()
 
+    @pytest.mark.parametrize("is_dense", [False, True])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_with_a_blas_that_makes_the_largest_errors_it_may(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, is_dense: bool
+    ) -> None:
+        random = np.random.default_rng(seed)
+        up, down = (random.choice([-1, 1], shape).astype(np.float32) for shape in ((96, 32), (32, 160)))
+        up *= 2.0 ** (np.arange(96) % 13 - 12)[:, None].astype(np.float32)  # each row has a bound of its own
+        factors = up, down * np.float32(2.0**40 if is_dense else 1.0)
+        # In float64 errors count only where next to nothing is left of large products.
+        updates = [Update(factors, 0.7), Update(factors, -0.7)] if is_dense else [Update(factors, 0.7)]
+        bench = Bench(tmp_path, normal(seed, 96, 160, dtype=np.float32), updates)
+        unit = 2.0**-53 if is_dense else 2.0**-24
+
+        def worst(left: NDArray[Any], right: NDArray[Any], out: NDArray[Any]) -> None:
+            exact = matmul(left.astype(np.float64), right.astype(np.float64))
+            bound = left.shape[1] * unit * matmul(np.abs(left), np.abs(right))
+            out[:] = exact + bound * random.choice([-1, 1], out.shape)
+
+        matmul = np.matmul
+        monkeypatch.setattr(plain, "_PIECE_ELEMENTS", 2 * 160)
+        monkeypatch.setattr(plain, "_DENSE_SHARE", -1 if is_dense else 1)
+        monkeypatch.setattr(np, "matmul", worst)
+        assert bench.run_plain(13)[0] == bench.due()
+
+    def test_where_products_are_too_small_for_float32(self, tmp_path: Path) -> None:
+        """All of them together lift the sum over a tie; each alone is nothing."""
+        base = np.full((3, 5), 1.5 * 2.0**-133 - 2.0**-146, np.float32)
+        factors = np.full((3, 64), 2.0**-75, np.float32), np.full((64, 5), 2.0**-75, np.float32)
+        Bench(tmp_path, base, [Update(factors, 2.0)], "BF16").check()
+
     def test_a_base_beyond_float32_is_called_too_large_and_not_infinite(self, tmp_path: Path) -> None:
         bench = Bench(tmp_path, np.full((4, 5), 1e300), [Update(lora(1, 2, 4, 5))])
         with pytest.raises(NonFinite, match=r"the result reaches 1e\+300"):
@@ -467,6 +500,31 @@ class TestTheSameBytes:
         assert open_places[0] > 8 * 160 / 20
         assert max(open_places[1:]) < 8 * 160 / 20
 
+    def test_float32_stays_in_use_where_it_decides_enough(self, tmp_path: Path) -> None:
+        bench = Bench(tmp_path, normal(0, 96, 160), [Update(lora(1, 16))])
+        work, out = plain.Sum(bench.plan, bench.files, False), np.empty(bench.base.shape, np.uint16)
+        work.fuse(bench.base, out, 0, PlainDesk())
+        assert out.tobytes() == bench.due()
+        assert not work._is_dense
+
+    def test_undecided_elements_are_summed_in_little_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base, update = ties()
+        products: list[int] = []
+
+        def counted(values: NDArray[np.float64]) -> Any:
+            products.append(values.size)
+            return original(values)
+
+        original = plain.sum_by_halves
+        monkeypatch.setattr(plain, "sum_by_halves", counted)
+        monkeypatch.setattr(plain, "_GATHERED", 1000)
+        bench = Bench(tmp_path, base, [update])
+        assert bench.run_plain(96)[0] == bench.due()
+        assert sum(products) == base.size * 2
+        assert max(products) <= 1000
+
     def test_where_float32_overflows_on_the_way(self, tmp_path: Path) -> None:
         up, down = normal(1, 96, 4, dtype=np.float32) * np.float32(1e30), normal(2, 4, 160, dtype=np.float32)
         update = Update((up, down * np.float32(1e-30)), 1e9)
@@ -490,9 +548,10 @@ def test_what_survives_is_measured_on_every_16th_row_of_the_tensor(tmp_path: Pat
 
 
 def test_pairs_out_of_balance_do_not_widen_the_bound() -> None:
-    pairs = [(torch.full((3, 2), high), torch.full((2, 4), 1 / high)) for high in (1e6, 1e-6)]
-    tall, wide = sums._norms(pairs)
+    pairs = [(np.full((3, 2), high), np.full((2, 4), 1 / high)) for high in (1e6, 1e-6)]
+    tall, wide = sums._norms([(torch.from_numpy(left), torch.from_numpy(right)) for left, right in pairs])
     assert 4 <= float((tall * wide).max()) < 9  # each pair alone: 2
+    assert 4 <= float(np.multiply(*plain._norms(pairs)).max()) < 9
 
 
 def test_fast_rounding_leaves_few_elements_wrong_and_verification_allows_that(tmp_path: Path) -> None:

@@ -46,6 +46,19 @@ def test_lycoris_threshold_and_quantile() -> None:
     assert kept(values, "quantile", 0.1, 30, 4) == 1
 
 
+def test_a_value_that_lies_on_the_line_is_not_beyond_it() -> None:
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    assert kept(values, "ratio", 2.0, 30, 4) == 2
+    assert kept(values, "threshold", 2.0, 30, 4) == 2
+    assert kept(values, "quantile", 0.9, 30, 4) == 2
+
+
+def test_a_share_that_is_reached_but_for_the_rounding_of_the_sum_is_reached() -> None:
+    values = torch.full((10,), 0.1, dtype=torch.float64)
+    assert float(values.cumsum(0)[7]) < 0.8 * float(values.sum())  # by the last bit
+    assert kept(values, "cumulative", 0.8, 0.1, 10) == 8
+
+
 def test_the_limit_and_zeros_count() -> None:
     values = torch.tensor([4.0, 3.0, 0.0], dtype=torch.float64)
     assert kept(values, "fixed", 0, 25, 3) == 2
@@ -56,6 +69,7 @@ def test_the_limit_and_zeros_count() -> None:
 
 def test_a_share_of_a_norm_that_the_known_values_do_not_reach_keeps_them_all() -> None:
     assert kept(torch.tensor([2.0, 1.0], dtype=torch.float64), "fro", 0.99, 100.0, 2) == 2
+    assert kept(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), "fro", 0.99, 100.0, 3) == 2
 
 
 @pytest.mark.parametrize("text", ["fro", "fro=x", "sv=1", "fro=0", "fro=1.5", "ratio=0.5", "fixed=1", "fro=nan"])

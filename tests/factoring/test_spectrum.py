@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from support import random
 
+from bake.errors import NonFinite
 from bake.factoring.factors import Dense, Product, clamped, residual, squares, stored
 from bake.factoring.spectrum import exact, of_product, sketched, spectrum_of
 
@@ -58,6 +61,19 @@ def test_a_sketch_is_nearly_as_good_as_the_best(rows: int, columns: int) -> None
     np.testing.assert_allclose(found.values[:6], np.linalg.svd(values, compute_uv=False)[:6], rtol=1e-5)
 
 
+def test_a_sketch_of_rows_in_blocks_is_of_all_of_them() -> None:
+    class Blocks(Dense):
+        def blocks(self) -> Iterator[tuple[range, torch.Tensor]]:
+            for first in range(0, len(self.values), 7):
+                yield range(first, min(first + 7, len(self.values))), self.values[first : first + 7]
+
+    values = torch.from_numpy(matrix(90, 80)).float()
+    once, again = (sketched(kind(values), 4, 0, "module") for kind in (Dense, Blocks))
+    torch.testing.assert_close(
+        once.left[:, :4] @ once.right[:4], again.left[:, :4] @ again.right[:4], atol=1e-5, rtol=0
+    )
+
+
 def test_a_sketch_depends_on_the_seed_and_the_name_alone() -> None:
     dense = Dense(torch.from_numpy(matrix(90, 80, noise=0.1)).float())
     once, again = (sketched(dense, 4, 3, "a") for _ in range(2))
@@ -70,6 +86,7 @@ def test_auto_sketches_what_is_large_only() -> None:
     small, large = (Dense(torch.from_numpy(matrix(size, size)).float()) for size in (40, 600))
     assert len(spectrum_of(small, 4, "auto", 0, "m").values) == 40
     assert len(spectrum_of(large, 4, "auto", 0, "m").values) < 600
+    assert len(spectrum_of(large, 200, "auto", 0, "m").values) == 600
     assert len(spectrum_of(small, 4, "randomised", 0, "m").values) < 40
 
 
@@ -78,6 +95,21 @@ def test_the_spectrum_of_a_product_needs_no_product() -> None:
     found = of_product(torch.from_numpy(left), torch.from_numpy(right))
     np.testing.assert_allclose(found.values, np.linalg.svd(left @ right, compute_uv=False)[:7], rtol=1e-12)
     np.testing.assert_allclose(found.left[:, :3] @ found.right[:3], best(left @ right, 3), atol=1e-10)
+
+
+def test_the_signs_that_lapack_happens_to_choose_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, left, right = (torch.from_numpy(random(seed, 8, 8)) for seed in range(3))
+    before = exact(dense), of_product(left, right)
+    eigh, svd = torch.linalg.eigh, torch.linalg.svd
+
+    def other_svd(core: torch.Tensor, full_matrices: bool) -> tuple[torch.Tensor, ...]:
+        one, values, two = svd(core, full_matrices=full_matrices)
+        return -one, values, -two
+
+    monkeypatch.setattr(torch.linalg, "eigh", lambda core: (eigh(core)[0], -eigh(core)[1]))
+    monkeypatch.setattr(torch.linalg, "svd", other_svd)
+    for one, two in zip(before, (exact(dense), of_product(left, right)), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
 
 
 def test_a_product_of_more_ranks_than_the_matrix_has() -> None:
@@ -95,6 +127,14 @@ def test_the_residual_is_measured_on_the_stored_factors() -> None:
     assert residual(Dense(torch.from_numpy(values)), left, right) ** 0.5 == pytest.approx(measured, rel=1e-12)
 
 
+@pytest.mark.parametrize("value", [65520.0, np.inf, np.nan])
+def test_factors_that_the_dtype_cannot_hold_are_refused(value: float) -> None:
+    values = torch.tensor([1.0, value], dtype=torch.float64)
+    with pytest.raises(NonFinite, match="too large for float16; use --dtype fp32 or bf16"):
+        stored(values, torch.float16, "m")
+    assert stored(torch.tensor([65519.0]), torch.float16, "m").tolist() == [65504.0]
+
+
 def test_a_product_comes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bake.factoring.factors._BLOCK_ELEMENTS", 50)
     left, right = torch.from_numpy(random(1, 23, 3)), torch.from_numpy(random(2, 3, 11))
@@ -103,6 +143,7 @@ def test_a_product_comes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == 6
     assert [number for each in rows for number in each] == list(range(23))
     assert squares(product) == pytest.approx(float((left @ right).square().sum()))
+    assert residual(product, left, right) < 1e-20
 
 
 def test_clamping_cuts_at_the_quantile_of_magnitudes() -> None:

@@ -13,11 +13,12 @@ UPDATES = [torch.from_numpy(random(seed, 20, 30)).float() for seed in range(3)]
 WEIGHTS = [0.7, 1.3, 0.4]
 
 
-def test_the_largest_entries_stay() -> None:
-    thinned = largest(UPDATES[0], 0.3)
-    assert int((thinned != 0).sum()) == 180
+@pytest.mark.parametrize(("density", "count"), [(0.3, 180), (0.333, 199)])
+def test_the_largest_entries_stay(density: float, count: int) -> None:
+    thinned = largest(UPDATES[0], density)
+    assert int((thinned != 0).sum()) == count
     values = UPDATES[0].numpy()
-    cut = np.sort(np.abs(values).ravel())[-180]
+    cut = np.sort(np.abs(values).ravel())[-count]
     np.testing.assert_array_equal(thinned.numpy(), np.where(np.abs(values) >= cut, values, 0))
 
 
@@ -43,6 +44,12 @@ def test_dropping_keeps_the_mean_and_follows_the_seed() -> None:
     assert torch.equal(found, dropped(ones, 0.25, 7, "a"))
     assert not torch.equal(found, dropped(ones, 0.25, 8, "a"))
     assert not torch.equal(found, dropped(ones, 0.25, 7, "b"))
+
+
+def test_as_many_draws_keep_an_entry_as_the_density_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    quarters = (torch.arange(4) << 30).to(torch.int32)
+    monkeypatch.setattr("bake.factoring.sums.draws", lambda *arguments: quarters)
+    assert dropped(torch.ones(4), 0.5, 0, "a").tolist() == [2.0, 2.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "magnitude_prune"])

@@ -73,6 +73,8 @@ def test_tensors_come_in_the_order_of_their_bytes_not_of_the_json() -> None:
         (container({"a": {**GOOD["a"], "data_offsets": [24, 0]}}, DATA), "offsets"),
         (container({"a": {**GOOD["a"], "data_offsets": [0]}}, DATA), "offsets"),
         (container({"a": {**GOOD["a"], "data_offsets": [-24, 0]}}, DATA), "offsets"),
+        (container(b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[-0,3]}}', b"abc"), "offsets"),
+        (container(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "not a shape"),
         (container({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}, b"\0"), "takes"),
         (container({"a": GOOD["a"], "b": {**GOOD["b"], "data_offsets": [20, 28]}}, DATA[:28]), "overlaps"),
         (container({"a": GOOD["a"], "b": {**GOOD["a"]}}, DATA[:24]), "overlaps"),

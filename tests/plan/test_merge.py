@@ -55,6 +55,7 @@ def refused(kind: type[BakeError], method: str, *models: Path, **what: Any) -> s
         ("geometric_sum", {"parameters": {"alpha": Selection.parse(gradient="0,2")}}, "it can be: from 0 to 1 (for "),
         ("weighted_sum", {"only": ["unet"]}, "--only unet"),
         ("weighted_sum", {"dtype": "fp4"}, "--dtype fp4"),
+        ("ties", {"parameters": {"vote": Selection(number=1.0)}, "base": "a"}, "the same for all tensors"),
         ("weighted_sum", {"rounding": "fast"}, "merges have nearest and stochastic"),
     ],
 )
@@ -99,6 +100,32 @@ def test_vocabularies_with_other_words_are_refused(tmp_path: Path) -> None:
     assert "'cat' is number 0 and number 1" in refused(Mismatch, "weighted_sum", one, two)
     same = hf_folder(tmp_path / "same", arrays, {"dog": 1, "cat": 0})
     assert build_merge_plan("weighted_sum", [one, same]).components["model"].matched
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "others", "says"),
+    [
+        ("tokenizer.json", [["cat", -1.0], ["dog", -2.0]], [["dog", -1.0], ["cat", -2.0]], "number 0 and number 1"),
+        ("tokenizer.json", {"cat": 0, "dog": 1}, {"cat": 0, "cow": 1}, "'cow' is no word and number 1"),
+        ("vocab.json", {"cat": 0, "dog": 1}, {"cat": 0}, "'dog' is number 1 and no word"),
+    ],
+)
+def test_vocabularies_are_compared_however_they_are_stored(
+    tmp_path: Path, file: str, words: Any, others: Any, says: str
+) -> None:
+    arrays = random_arrays(llama())
+    one, two, none = (hf_folder(tmp_path / name, arrays, {}) for name in ("one", "two", "none"))
+    for folder, found in ((one, words), (two, others)):
+        (folder / "tokenizer.json").unlink()
+        (folder / file).write_text(json.dumps(found if file == "vocab.json" else {"model": {"vocab": found}}))
+    assert says in refused(Mismatch, "weighted_sum", one, two)
+    assert build_merge_plan("weighted_sum", [one, none]).components["model"].matched
+
+
+def test_a_quantised_model_is_refused(a: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight.absmax"
+    other = save(tmp_path / "q.safetensors", random_arrays(llama()) | {name: np.ones(4, np.float32)})
+    assert "bitsandbytes" in refused(Unsupported, "weighted_sum", a, other)
 
 
 def test_a_tensor_that_a_model_lacks_is_refused_or_kept(a: Path, b: Path, tmp_path: Path) -> None:

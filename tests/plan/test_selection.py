@@ -122,6 +122,31 @@ def test_json_of_another_kind_is_refused(data: dict) -> None:
         Selection.from_json(data)
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-1e999"])
+@pytest.mark.parametrize(
+    "what",
+    [{"values": "1,{}"}, {"rules": "IN04:attn:{}"}, {"names": "*bias={}"}, {"gradient": "mlp=0,{},1;0.5"}],
+    ids=str,
+)
+def test_a_ratio_is_a_finite_number_wherever_it_stands(what: dict[str, str], number: str) -> None:
+    with pytest.raises(UsageError, match="must be a finite number"):
+        Selection.parse(**{key: text.format(number) for key, text in what.items()})
+    with pytest.raises(UsageError, match="must be a finite number"):
+        Selection(components=(("te", float(number)),))
+
+
+def test_what_a_web_ui_would_draw_by_chance_is_refused_with_that_reason() -> None:
+    for what in ({"values": "1,R"}, {"names": "*=U"}, {"rules": "::X"}, {"gradient": "0,R,1"}):
+        with pytest.raises(Unsupported, match="drawn by chance"):
+            Selection.parse(**what)
+
+
+def test_words_are_split_at_the_right_places() -> None:
+    assert Selection.parse(names="a=b=0.5").names == (NameRule("a=b", 0.5),)
+    with pytest.raises(UsageError, match="NOT is followed by what is left out"):
+        Selection.parse(rules="NOT:attn:0.5")
+
+
 @given(*[st.text("INOUT0459-: .,;=*[]NTab\n", max_size=12)] * 4)
 def test_any_text_is_understood_or_refused(values: str, rules: str, names: str, gradient: str) -> None:
     try:

@@ -206,7 +206,7 @@ class _Group:
         """The rows of the left factor that go to them."""
         inside = self.inside(rows)
         shift = rows.start - self._rows[0]
-        return slice(inside.start + shift, inside.stop + shift) if inside.start < inside.stop else slice(0, 0)
+        return slice(inside.start + shift, inside.stop + shift)
 
     def factors(self, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """(left, right) in float32 or float64."""

@@ -170,6 +170,36 @@ class TestNumbersThatMayNotFit:
         assert "F16 ends at 65504" in done.err
 
 
+@pytest.mark.parametrize(
+    ("memory", "threads", "workers"), [(1, 4, 1), (3 << 20, 4, 2), (1 << 30, 4, 4), (1 << 30, 9, 6), (24 << 20, 2, 2)]
+)
+def test_the_workers_share_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, threads: int, workers: int
+) -> None:
+    seen: list[int] = []
+
+    def counted(count: int, *rest: Any) -> Any:
+        seen.append(count)
+        return start_crew(count, *rest)
+
+    start_crew, blocks = plain.start_crew, []
+    init = plain._Worker.__init__
+
+    def noted(self: Any, task: Any, shift: Any, elements: int, output: Any) -> None:
+        blocks.append(elements)
+        init(self, task, shift, elements, output)
+
+    monkeypatch.setattr(plain, "start_crew", counted)
+    monkeypatch.setattr(plain._Worker, "__init__", noted)
+    monkeypatch.setattr("bake.execute.plain.crew.can_fork", lambda: False)
+    base, lora, _ = sd1_pair(tmp_path)  # six tensors
+    fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", memory=memory, threads=threads)
+    assert seen == [workers]
+    least = plain._SMALLEST_BLOCK * plain._BYTES_PER_ELEMENT
+    assert workers * max(blocks) * plain._BYTES_PER_ELEMENT <= max(memory, least)
+    assert min(blocks) == min(plain._BLOCK_ELEMENTS, max(least, memory // workers) // plain._BYTES_PER_ELEMENT)
+
+
 class TestWhatIsDoneWithoutTorch:
     @pytest.fixture
     def plan(self, tmp_path: Path) -> Plan:
@@ -209,7 +239,13 @@ class TestWhatIsDoneWithoutTorch:
         base, lora, _ = sd1_pair(tmp_path)
         assert suits(build_plan(base, [lora], **options), "cpu") == is_suited
 
-    @pytest.mark.parametrize("added", ["diff", "lora_mid.weight", "dora_scale", "lora_up.weight"])
+    def test_from_float64_it_is_not(self, tmp_path: Path) -> None:
+        base = save_base(tmp_path / "base.safetensors", dtype=np.float64)
+        lora = save(tmp_path / "lora.safetensors", kohya_lora(small("sd1"))[0])
+        assert not suits(build_plan(base, [lora], dtype="fp16"), "cpu")
+        fuse(base, [lora], tmp_path / "out.safetensors", dtype="fp16", device="cpu", verify="full")
+
+    @pytest.mark.parametrize("added", ["diff", "lora_mid.weight", "dora_scale", "lora_up.weight", "reshape_weight"])
     def test_sums_of_loras(self, tmp_path: Path, added: str) -> None:
         base = save_base(tmp_path / "base.safetensors")
         arrays, _ = kohya_lora(small("sd1"))
@@ -220,6 +256,9 @@ class TestWhatIsDoneWithoutTorch:
             arrays[f"{module}.{added}"] = np.ones((len(down), len(down), *down.shape[2:]), np.float16)
         elif added == "dora_scale":
             arrays[f"{module}.{added}"] = np.ones((len(up), 1, 1, 1), np.float16)
+        elif added == "reshape_weight":  # the base's tensor is the corner of a larger one
+            wide = np.concatenate([down, down], axis=1)
+            arrays |= {f"{module}.lora_down.weight": wide, f"{module}.{added}": np.array([len(up), *wide.shape[1:]])}
         elif added == "diff":
             arrays = {f"{module}.{added}": np.ones((len(up), *down.shape[1:]), np.float16)}
         else:
@@ -254,3 +293,39 @@ def test_torch_is_asked_for_gpus_only_where_there_may_be_one(
     monkeypatch.setattr(os.path, "exists", lambda path: path.removeprefix("/dev/") in devices)
     monkeypatch.setattr(metadata, "version", installed)
     assert plain._may_have_gpu() is may_have
+
+
+DIES = "from bake.execute.plain.sums import Sum; import os; Sum.fuse = lambda *rest: os.kill(os.getpid(), 9)\n"
+STARVES = "from bake.execute.plain.sums import Sum; Sum.fuse = lambda *rest: bytearray(1 << 60)\n"
+
+
+@linux
+@pytest.mark.parametrize(("what", "says"), [(DIES, "a worker was killed (signal 9)"), (STARVES, "memory")])
+def test_a_worker_that_the_system_kills_or_starves_costs_nothing(tmp_path: Path, what: str, says: str) -> None:
+    base, lora, _ = sd1_pair(tmp_path)
+    words = ("fuse", base, "-l", lora, "-o", tmp_path / "out.safetensors", "--device", "cpu", "--threads", "3")
+    done = changed_bake(NO_TORCH + NO_THREADS + what, *words, OPENBLAS_NUM_THREADS="1")
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+    assert "--memory" in done.err
+    assert done.err.count("\n") == 1
+    assert set(tmp_path.iterdir()) == {base, lora}
+
+
+def test_a_thread_looks_between_two_blocks_whether_the_run_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[int] = []
+
+    def failing(self: Any, tensor: Any, work: Any, first: int, *rest: Any) -> Any:
+        blocks.append(first)
+        self._task.team.stop(NonFinite("elsewhere"))
+        return plain.NOTHING
+
+    monkeypatch.setattr(plain, "_SMALLEST_BLOCK", 1)
+    monkeypatch.setattr(plain._Worker, "_pass", failing)
+    monkeypatch.setattr("bake.execute.plain.crew.can_fork", lambda: False)
+    base, lora, _ = sd1_pair(tmp_path)
+    with pytest.raises(NonFinite, match="elsewhere"):
+        fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", threads=1)
+    assert blocks == [0]
