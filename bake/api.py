@@ -303,7 +303,7 @@ def input_bytes(plan: Plan) -> int:
 def _sources(tensor: TensorPlan) -> list[Stored]:
     """What the values of a tensor come from that terms may change."""
     if tensor.merge is None:
-        return [tensor.source]
+        return list(tensor.copied)
     return [stored for share in tensor.merge.shares for stored in share.stored]
 
 

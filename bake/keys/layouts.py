@@ -27,7 +27,15 @@ class Slot(NamedTuple):
     folder: str  # in a diffusers folder
     prefix: str  # in a single file
     clip: str = "hf clip"  # how the original layout names a CLIP that is kept there
+    is_t5: bool = False
     unread: tuple[str, ...] = ()  # beginnings of original names that diffusers has no place for, as nothing reads them
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        """How the tensors of a text encoder or a VAE that fits here may be named."""
+        if self.component == "vae":
+            return ("vae",)
+        return ("t5",) if self.is_t5 else ("hf clip", "openclip")
 
 
 _MODEL = "model.diffusion_model."
@@ -39,7 +47,7 @@ _LAST_OF_H = ("transformer.resblocks.23.", "text_projection")  # SD2 reads its t
 # family -> its slots, as AUTOMATIC1111, ComfyUI and the published files have them
 SLOTS: dict[str, tuple[Slot, ...]] = {
     "sd1": (_UNET, Slot("te1", "text_encoder", "cond_stage_model.transformer."), _FIRST_STAGE),
-    "sd2": (_UNET, Slot("te1", "text_encoder", "cond_stage_model.model.", "openclip", _LAST_OF_H), _FIRST_STAGE),
+    "sd2": (_UNET, Slot("te1", "text_encoder", "cond_stage_model.model.", "openclip", unread=_LAST_OF_H), _FIRST_STAGE),
     "sdxl": (
         _UNET,
         Slot("te1", "text_encoder", "conditioner.embedders.0.transformer."),
@@ -55,11 +63,11 @@ SLOTS: dict[str, tuple[Slot, ...]] = {
         _TRANSFORMER,
         _CLIP_L,
         Slot("te2", "text_encoder_2", "text_encoders.clip_g.transformer."),
-        Slot("te3", "text_encoder_3", _T5),
+        Slot("te3", "text_encoder_3", _T5, is_t5=True),
         _FIRST_STAGE,
     ),
-    "flux": (_TRANSFORMER, _CLIP_L, Slot("te3", "text_encoder_2", _T5), _VAE),
-    "chroma": (_TRANSFORMER, Slot("te3", "text_encoder", _T5), _VAE),
+    "flux": (_TRANSFORMER, _CLIP_L, Slot("te3", "text_encoder_2", _T5, is_t5=True), _VAE),
+    "chroma": (_TRANSFORMER, Slot("te3", "text_encoder", _T5, is_t5=True), _VAE),
     **{family: (_TRANSFORMER, _VAE) for family in TABLES if family not in ("sd3", "flux", "chroma")},
 }
 _BARE = ("transformer",)  # components that are published without a prefix where they are alone
