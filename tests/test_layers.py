@@ -27,7 +27,7 @@ ALLOWED = {
     "factoring": {"errors", "draws"},
     "merges": {"errors", "draws"},
     "identify": {"errors", "io", "keys"},
-    "plan": {"errors", "dtypes", "garbage", "io", "keys", "identify", "merges"},
+    "plan": {"errors", "dtypes", "garbage", "sizes", "io", "keys", "identify", "merges"},
     "execute": {
         "errors",
         "dtypes",
@@ -47,6 +47,7 @@ ALLOWED = {
     "verify": {"errors", "dtypes", "draws", "io", "keys", "plan", "adapters", "merges", "progress"},
     "api": {"errors", "interrupts", "io", "plan", "execute", "verify", "progress"},
     "merging": {"api", "plan", "execute", "progress"},
+    "converting": {"errors", "adapter_api", "api", "io", "plan", "execute", "progress"},
     "adapter_api": {"errors", "io", "keys", "identify", "plan", "execute", "progress"},
     "adapter_documents": {"adapter_api", "documents", "plan"},
     "doctor": {"errors", "io", "keys", "identify", "plan"},

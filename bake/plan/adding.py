@@ -34,8 +34,8 @@ def add_component(base: Arranged, component: str, theirs: Opened) -> Arranged:
         )
     slot = _slot(base, component)
     source = _source(component, slot, theirs)
-    own = {name: part for name, part in parts_of(theirs.checkpoint, theirs.inputs).items()}
-    own = {name: own[name] for name in theirs.owned[source.name][1]}
+    every = parts_of(theirs.checkpoint, theirs.inputs)
+    own = {name: every[name] for name in theirs.owned[source.name][1]}
     files: Mapping[int, TensorFile] = {
         **base.files,
         **{theirs.inputs + place: part.file for place, part in enumerate(theirs.checkpoint.files)},

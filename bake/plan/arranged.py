@@ -11,9 +11,11 @@ from typing import TypeAlias
 from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
 from bake.identify.scaled import ScaledBase, scaled_layers
 from bake.io.checkpoint import Checkpoint, CheckpointFile, Packaging
+from bake.io.jsontext import shortened
 from bake.io.tensorfile import TensorFile
 from bake.plan.composed import share_of
 from bake.plan.inputs import input_of
+from bake.plan.listing import some
 from bake.plan.model import Coverage, Input, MergeStep, Merging, Replacement, Share
 
 # Where the values of a tensor come from: bytes of inputs, or what is made of those of several models.
@@ -56,6 +58,11 @@ def arranged(checkpoint: Checkpoint) -> Arranged:
         scaled=scaled_layers(checkpoint),
         inputs=tuple(input_of(part.file, "base") for part in checkpoint.files),
         files=dict(enumerate(part.file for part in checkpoint.files)),
+        notes=tuple(
+            f"{part.file.path.name}: only its state_dict is read; left out: {some(list(map(shortened, part.file.left_out)))}"
+            for part in checkpoint.files
+            if part.file.left_out
+        ),
     )
 
 

@@ -24,12 +24,12 @@ from bake.plan.inputs import inputs_of
 from bake.plan.layout import lay_out_as
 from bake.plan.match import AdapterMatcher, Matching
 from bake.plan.merge import merge_models
-from bake.plan.model import AdapterUse, Input, Plan
+from bake.plan.model import AdapterUse, FilePlan, Input, Plan, SideFile
 from bake.plan.pruning import prune
 from bake.plan.recipe import AdapterChoice, MergeChoice, Recipe
 from bake.plan.refuse import check_only, refuse_packed, refuse_quantised, refuse_unmatched
 from bake.plan.replacing import replace_components
-from bake.plan.sharding import shard
+from bake.plan.sharding import Packed, pack
 
 _EMA = "model_ema."  # where training code keeps averaged weights
 
@@ -72,20 +72,18 @@ def build_plan(recipe: Recipe) -> Plan:
         embeddings, growth = plan_embeddings(recipe, checkpoint, identity, identified)
         casting = Casting(recipe, identity.components, base.scaled, matching, growth)
         files = plan_files(recipe, base, matching, growth, casting)
-        packaging, indexes = checkpoint.packaging, updated_indexes(checkpoint, files)
-        if recipe.shard_size is not None:
-            packaging, files, indexes = shard(files, packaging, recipe.shard_size)
-        side_files = () if packaging == "file" else plan_side_files(recipe, base, growth, matching)
+        side_files = plan_side_files(recipe, base, growth, matching)
+        packed = _packed(recipe, checkpoint, files, side_files)
         return Plan(
             family=identity.family,
             layout=identity.layout,
             variant=identity.variant,
-            packaging=packaging,
+            packaging=packed.packaging,
             base=base.base,
             base_packaging=base.packaging,
             inputs=inputs,
-            files=files,
-            side_files=(*side_files, *indexes),
+            files=packed.files,
+            side_files=packed.side_files,
             adapters=adapters,
             components=matching.coverage(identity) if recipe.adapters else dict(base.merged),
             unmatched=tuple(matching.unmatched),
@@ -94,6 +92,7 @@ def build_plan(recipe: Recipe) -> Plan:
                 *base.notes,
                 *_notes(recipe, checkpoint, uses, matching),
                 *embedding_notes(recipe, adapters, embeddings),
+                *packed.notes,
             ),
             settings={
                 "layout": recipe.layout,
@@ -133,6 +132,15 @@ def _arrange(recipe: Recipe, opened: ExitStack) -> Arranged:
         opened.callback(checkpoint.close)
         base = shaped(arranged(checkpoint))
     return replace_components(base, recipe.replaced, opened)
+
+
+def _packed(
+    recipe: Recipe, checkpoint: Checkpoint, files: tuple[FilePlan, ...], side_files: tuple[SideFile, ...]
+) -> Packed:
+    """The files of the output: as the base's are, or in as many as were asked for."""
+    if recipe.shard_size is None:
+        return Packed(checkpoint.packaging, files, (*side_files, *updated_indexes(checkpoint, files)))
+    return pack(files, side_files, checkpoint.packaging, recipe.shard_size)
 
 
 def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:

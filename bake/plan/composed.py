@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bake.io.checkpoint import CheckpointFile
-from bake.io.header import TensorInfo, lay_out
+from bake.io.header import lay_out
 from bake.io.tensorfile import TensorFile
 from bake.plan.model import Share, Stored
 
@@ -29,6 +29,7 @@ class ComposedFile:
     """Tensors of input files, or rows of them, under names of their own and laid end to end."""
 
     is_list = False
+    left_out = ()
 
     def __init__(
         self, path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str], inputs: Mapping[int, TensorFile]
@@ -97,4 +98,3 @@ def _rows(stored: Stored, first: int, last: int) -> Stored:
 def is_in_place(share: Share, dtype: str) -> bool:
     """True if the bytes of a share, one piece after the other, are those of the tensor, which is stored as `dtype`."""
     return not share.transposed and all(stored.dtype == dtype for stored in share.stored)
-

@@ -140,9 +140,7 @@ def _shape(full: str, info: TensorInfo, source: Stored, growth: Growth, matching
     return growth.appended(full, info)[0]
 
 
-def plan_side_files(
-    recipe: Recipe, base: Arranged, growth: Growth, matching: Matching
-) -> tuple[SideFile, ...]:
+def plan_side_files(recipe: Recipe, base: Arranged, growth: Growth, matching: Matching) -> tuple[SideFile, ...]:
     """Everything of the output folder that is neither weights nor the index of shards."""
     checkpoint = base.checkpoint
     files = []

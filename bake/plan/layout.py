@@ -18,12 +18,12 @@ from bake.keys.tables import Layout
 from bake.plan.arranged import Arranged
 from bake.plan.composed import ComposedFile, Part, cut, share_of
 from bake.plan.inputs import input_at
-from bake.plan.model import Share
+from bake.plan.listing import some
+from bake.plan.model import Share, Stored
 from bake.plan.pruning import MODEL_INDEX, index_without
 from bake.plan.recipe import LAYOUTS
 from bake.plan.refuse import refuse_quantised
 
-_LISTED = 4  # tensors spelled out in a note
 _FOLDERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 _IMPLEMENTATION = "modelspec.implementation"  # names the layout of the file it was written into
 # A component's setting -> the tensor and axis of it that have that size.
@@ -76,7 +76,7 @@ def as_one_file(base: Arranged, others: bool = False) -> Arranged:
     left_out = _left_out(base, parts.values())
     aside = (*base.checkpoint.side_files, *(index.relative for index in base.checkpoint.indexes))
     if aside:
-        left_out.append(f"a single file has no place for {_some(sorted(aside))}")
+        left_out.append(f"a single file has no place for {some(sorted(aside))}")
     return _rearranged(base, checkpoint, left_out)
 
 
@@ -199,7 +199,7 @@ def respelt_parts(own: Mapping[str, Part], component: Component, slot: Slot, lay
 
 def _part_of(respelt: Respelt, own: Mapping[str, Part], prefix: str) -> Part:
     """The tensor that a respelling means, with the pieces that it lies in. own: full name -> tensor."""
-    pieces = []
+    pieces: list[Stored] = []
     is_transposed = False
     for place in respelt.places:
         share = own[prefix + place.tensor].share
@@ -238,7 +238,7 @@ def _left_out(base: Arranged, parts: Iterable[Part]) -> list[str]:
         for full, part in parts_of(base.checkpoint).items()
         if not any((stored.input, stored.name) in used for stored in part.share.stored)
     ]
-    return [f"{len(lost)} tensors have no place in the other layout and are left out: {_some(lost)}"] if lost else []
+    return [f"{len(lost)} tensors have no place in the other layout and are left out: {some(lost)}"] if lost else []
 
 
 def _index_of(like: Path) -> dict[str, Any]:
@@ -273,8 +273,3 @@ def _config_of(like: Path, index: Mapping[str, Any], slot: Slot, parts: Mapping[
                 key=key,
             )
     return config
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

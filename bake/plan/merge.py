@@ -19,6 +19,7 @@ from bake.merges import METHODS, Method
 from bake.plan.arranged import Arranged, Origin, arranged, columns, origin_of
 from bake.plan.counterparts import Counterparts, Opened, check_alike, is_merged
 from bake.plan.inputs import input_of
+from bake.plan.listing import some
 from bake.plan.model import Coverage, MergeStep, Merging, ModelUse, Share
 from bake.plan.parameters import Parameters, permuted, setting_to_json
 from bake.plan.recipe import MergeChoice
@@ -312,10 +313,10 @@ class _Steps:
         if self._differing:
             yield (
                 f"constants, integers and single numbers are copied from {first}; the models differ in "
-                f"{_some(self._differing)}"
+                f"{some(self._differing)}"
             )
         if self._outside:
-            yield f"part of no model, and copied from {first}: {_some(self._outside)}"
+            yield f"part of no model, and copied from {first}: {some(self._outside)}"
         left_out = self._models[0].checkpoint.left_out
         if left_out:
             yield f"not copied from the folder of {first}: {', '.join(left_out)}"
@@ -324,8 +325,3 @@ class _Steps:
 def _certain(share: Share | None) -> Share:
     assert share is not None
     return share
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown

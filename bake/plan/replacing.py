@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,15 +11,14 @@ from bake.dtypes import DTYPES
 from bake.errors import Mismatch, Unsupported
 from bake.identify.checkpoint import identify_checkpoint
 from bake.identify.scaled import scaled_layers
-from bake.io.checkpoint import open_checkpoint
+from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.plan.adding import add_component
 from bake.plan.arranged import Arranged, Origin, origin_of
 from bake.plan.counterparts import Counterparts, Opened, check_alike, is_merged
 from bake.plan.inputs import input_of
+from bake.plan.listing import some
 from bake.plan.model import Replacement
 from bake.plan.refuse import refuse_quantised
-
-_LISTED = 4  # tensors spelled out in a message
 
 
 def replace_components(base: Arranged, replaced: Mapping[str, Path], opened: ExitStack) -> Arranged:
@@ -93,7 +92,7 @@ def _origins(component: str, mine: Opened, theirs: Opened) -> dict[str, Origin]:
     lacks += [f"{name} is only in {theirs.name}" for name in counterparts.left_over([component])]
     if lacks:
         raise Mismatch(
-            f"the {component} of {theirs.name} is built differently: {_some(lacks)}. It cannot take the place of "
+            f"the {component} of {theirs.name} is built differently: {some(lacks)}. It cannot take the place of "
             f"that of {mine.name}.",
             tensors=lacks,
         )
@@ -106,8 +105,8 @@ def _notes(component: str, mine: Opened, theirs: Opened) -> list[str]:
     if ours == other:
         return []
     return [
-        f"the {component} of {theirs.name} is {_some(sorted(other))}; without --dtype {component}=... it becomes "
-        f"{_some(sorted(ours))}, as in {mine.name}"
+        f"the {component} of {theirs.name} is {some(sorted(other))}; without --dtype {component}=... it becomes "
+        f"{some(sorted(ours))}, as in {mine.name}"
     ]
 
 
@@ -115,8 +114,3 @@ def _dtypes(component: str, model: Opened) -> set[str]:
     """What the trained numbers of a component are stored as."""
     tensors = model.base.tensors
     return {tensors[name].dtype for name in model.owned[component][1] if is_merged(name, tensors[name])}
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more

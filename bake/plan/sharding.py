@@ -1,4 +1,4 @@
-"""The weight files of the output: one for a model, or shards with an index, by the rules of Hugging Face's libraries."""
+"""The weight files of the output: one for a model, or shards with an index as Hugging Face's libraries have them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from bake.errors import UsageError
 from bake.io.header import lay_out
 from bake.keys.scaled import GENERATIONS, WEIGHT, side_tensors
+from bake.plan.listing import some
 from bake.plan.model import FilePlan, SideFile, TensorPlan
 
 # The end of a shard's name, and of any weight file's.
@@ -18,18 +19,20 @@ _NUMBER = re.compile(r"(-\d+-of-\d+)?\.safetensors$")
 _SUFFIX = ".safetensors"
 
 
-class Sharded(NamedTuple):
-    """The files of the output as they are divided now."""
+class Packed(NamedTuple):
+    """All files of the output."""
 
     packaging: str
     files: tuple[FilePlan, ...]
-    indexes: tuple[SideFile, ...]
+    side_files: tuple[SideFile, ...]
+    notes: tuple[str, ...] = ()
 
 
-def shard(files: Sequence[FilePlan], packaging: str, size: int) -> Sharded:
-    """The weights in shards of `size` bytes at most, an index beside them; 0: each component in one file.
+def pack(files: Sequence[FilePlan], side_files: Sequence[SideFile], packaging: str, size: int) -> Packed:
+    """The weights in shards of `size` bytes at most, their index last; 0: each component in one file.
 
-    A tensor is never cut: one that is larger has a shard of its own. A single file becomes a folder.
+    A tensor is never cut: one that is larger has a shard of its own. A single file becomes a folder, and the shards
+    of a model become one file, without a folder for what lies beside them.
     Raises UsageError for a stack of files.
     """
     if packaging == "stack":
@@ -40,7 +43,7 @@ def shard(files: Sequence[FilePlan], packaging: str, size: int) -> Sharded:
     for file in files:
         groups.setdefault(file.relative.rpartition("/")[0], []).append(file)
     divided: list[FilePlan] = []
-    indexes = []
+    indexes: list[SideFile] = []
     for folder, members in groups.items():
         stem = _NUMBER.sub("", members[0].relative.rpartition("/")[2]) or "model"
         joined = _joined(members)
@@ -62,7 +65,10 @@ def shard(files: Sequence[FilePlan], packaging: str, size: int) -> Sharded:
         if len(pieces) > 1:
             indexes.append(_index(below, stem, divided[-len(pieces) :]))
     becomes = {("file", True): "sharded", ("sharded", False): "file"}.get((packaging, bool(size)), packaging)
-    return Sharded(becomes, tuple(divided), tuple(indexes))
+    if becomes == "file":
+        beside = [side.relative for side in side_files]
+        return Packed(becomes, tuple(divided), (), (f"left out beside one file: {some(beside)}",) if beside else ())
+    return Packed(becomes, tuple(divided), (*side_files, *indexes))
 
 
 def placed(tensors: Iterable[TensorPlan]) -> tuple[TensorPlan, ...]:
