@@ -280,8 +280,8 @@ arrange_options = stack(
         type=click.Choice(LAYOUTS),
         default="keep",
         show_default=True,
-        help="original: one file with the original names. diffusers: a folder with those of diffusers, for which --like "
-        "names the configuration. The bytes are only moved.",
+        help="original: one file with the original names. diffusers: a folder with those of diffusers, for which "
+        "--like names the configuration. The bytes are only moved.",
     ),
     click.option(
         "--like",

@@ -59,7 +59,8 @@ def arranged(checkpoint: Checkpoint) -> Arranged:
         inputs=tuple(input_of(part.file, "base") for part in checkpoint.files),
         files=dict(enumerate(part.file for part in checkpoint.files)),
         notes=tuple(
-            f"{part.file.path.name}: only its state_dict is read; left out: {some(list(map(shortened, part.file.left_out)))}"
+            f"{part.file.path.name}: beside its state_dict there is more, which is not read: "
+            f"{some([shortened(each) for each in part.file.left_out])}"
             for part in checkpoint.files
             if part.file.left_out
         ),
