@@ -80,16 +80,16 @@ def build_plan(
 ) -> Plan:
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
-    base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or
-    AdapterChoice. also: further files of a split stack. replaced: component ("vae", "te1", ...) -> the checkpoint that it is taken from, or that it is added from. layout:
-    "keep", "original" (one file) or "diffusers" (a folder; like: one whose configuration, tokenizer and scheduler files
-    are taken). shard_size: bytes of a shard, at most; 0 for one file, None as the base is. drop: components, "ema",
-    "training" or "rest", see docs/convert.md. ema: "use" puts averaged weights in the place of the others. dtype:
-    "keep" or a key of bake.dtypes.OUTPUT_DTYPES, or a mapping from component ("te" for all text encoders, "all" for the
-    rest) to these. only: components to fuse into. metadata: added to the output's. record: write names, weights and
-    SHA-256 of the inputs into the output. embeddings: what becomes of token embeddings that travel in adapters:
-    "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer and text encoder) or "drop".
-    rounding: "nearest", "stochastic" or "fast", see docs/numerics.md. seed: of stochastic rounding.
+    base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or AdapterChoice.
+    also: further files of a split stack. replaced: component ("vae", "te1", ...) -> the checkpoint that it is taken
+    from, or that it is added from. layout: "keep", "original" (one file) or "diffusers" (a folder; like: one whose
+    configuration, tokenizer and scheduler files are taken). shard_size: bytes of a shard, at most; 0 for one file, None
+    as the base is. drop: components, "ema", "training" or "rest", see docs/convert.md. ema: "use" puts averaged weights
+    in the place of the others. dtype: "keep" or a key of bake.dtypes.OUTPUT_DTYPES, or a mapping from component ("te"
+    for all text encoders, "all" for the rest) to these. only: components to fuse into. metadata: added to the output's.
+    record: write names, weights and SHA-256 of the inputs into the output. embeddings: what becomes of token embeddings
+    that travel in adapters: "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer and text
+    encoder) or "drop". rounding: "nearest", "stochastic" or "fast", see docs/numerics.md. seed: of stochastic rounding.
     allow_nonfinite_base: elements of the base that are NaN or infinite stay as they are in tensors that are computed,
     instead of being refused.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.

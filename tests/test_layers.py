@@ -57,7 +57,7 @@ ALLOWED = {
     "documents": {"errors", "api", "plan", "verify", "merges"},
     "cli": {
         *("errors", "dtypes", "interrupts", "sizes", "progress", "keys", "identify", "plan", "verify", "merges"),
-        *("api", "documents", "converting", "adapter_api", "adapter_documents", "inspection", "bugreport", "merging"),
+        *("api", "documents", "adapter_api", "adapter_documents", "inspection", "bugreport", "merging", "converting"),
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "interrupts", "sizes", "progress", "keys", "plan")

@@ -102,7 +102,7 @@ def _in_folder(
     }
     changed = dataclasses.replace(
         checkpoint,
-        files=tuple(sorted((*checkpoint.files, part), key=lambda each: each.relative)),
+        files=(*checkpoint.files, part),
         configs={**checkpoint.configs, group: config},
         side_files=tuple(file for file in checkpoint.side_files if file not in contents),
     )

@@ -151,7 +151,8 @@ def plan_side_files(recipe: Recipe, base: Arranged, growth: Growth, matching: Ma
             config = checkpoint.configs[group]
             widened = _widened_inputs(config, matching.padded.get(f"{group}x_embedder.weight"))
             changed = {**widened, **matching.configs.get(group, {}), **growth.configs.get(group, {})}
-            content = _updated_config(config, changed, config_dtype(recipe, base.identity.components, group))
+            updated = _updated_config(config, changed, config_dtype(recipe, base.identity.components, group))
+            content = content if updated is None else updated
         source = matching.side_sources.get(relative, checkpoint.root / relative)
         files.append(SideFile(relative, source if content is None else None, content))
     return tuple(files)

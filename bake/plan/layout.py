@@ -134,6 +134,7 @@ def awaits(slot: Slot, components: Collection[str]) -> bool:
 
 def _slots(base: Arranged) -> dict[Component, Slot]:
     """Where the layouts keep each component. Raises Unsupported for quantised ones and for unknown names."""
+    slots_of(base)
     refuse_quantised(base.base, base.checkpoint, base.scaled)
     if base.scaled.layers:
         raise Unsupported(

@@ -30,6 +30,11 @@ class Input:
     inode: int
     role: Literal["base", "adapter", "config", "model", "component", "like"]
 
+    @property
+    def has_tensors(self) -> bool:
+        """False for configuration files, which are read while planning alone."""
+        return self.role not in ("config", "like")
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
