@@ -68,12 +68,17 @@ SLOTS: dict[str, tuple[Slot, ...]] = {
     ),
     "flux": (_TRANSFORMER, _CLIP_L, Slot("te3", "text_encoder_2", _T5, is_t5=True), _VAE),
     "chroma": (_TRANSFORMER, Slot("te3", "text_encoder", _T5, is_t5=True), _VAE),
-    **{family: (_TRANSFORMER, _VAE) for family in TABLES if family not in ("sd3", "flux", "chroma")},
+    **{
+        family: (_TRANSFORMER, _VAE)
+        for family in (*("flux2", "auraflow", "pixart", "lumina2", "z-image", "wan", "qwen-image", "ltxv"),)
+    },
 }
+# Of these families only these variants: bake has no name list of the others to be held against.
+VARIANTS: dict[str, tuple[str | None, ...]] = {"wan": (None, "image-to-video"), "pixart": (None,)}
 _BARE = ("transformer",)  # components that are published without a prefix where they are alone
 
 # What original layouts call `scale` and diffusers `weight`, in these families.
-_SCALED_FAMILIES = ("flux", "chroma", "flux2", "hunyuan-video")
+_SCALED_FAMILIES = ("flux", "chroma", "flux2")
 _SCALED_NORMS = (".query_norm", ".key_norm", "distilled_guidance_layer.norms.")
 _RESPELT_AS_THEY_ARE = ("t5",)
 

@@ -12,7 +12,7 @@ from bake.identify.checkpoint import identify_checkpoint
 from bake.identify.families import title
 from bake.identify.scaled import ScaledBase
 from bake.io.checkpoint import Checkpoint, CheckpointFile, open_side_files, read_json_object
-from bake.keys.layouts import SLOTS, Respelt, Slot, prefix_of, respell
+from bake.keys.layouts import SLOTS, VARIANTS, Respelt, Slot, prefix_of, respell
 from bake.keys.modules import Component, split_by_component
 from bake.keys.tables import Layout
 from bake.plan.arranged import Arranged
@@ -117,10 +117,10 @@ def _as_folder(base: Arranged, like: Path | None, awaited: Collection[str]) -> A
 
 def slots_of(base: Arranged) -> tuple[Slot, ...]:
     """Where the layouts keep the components of the base's family. Raises Unsupported if that is not known."""
-    family = base.identity.family
-    if family not in SLOTS:
+    family, variant = base.identity.family, base.identity.variant
+    if family not in SLOTS or variant not in VARIANTS.get(family, (variant,)):
         raise Unsupported(
-            f"{base.base.name}: {title(family)} is not a family of which bake knows the names in both layouts; it "
+            f"{base.base.name}: {title(family)}{f' {variant}' if variant else ''} is not a family of which bake knows the names in both layouts; it "
             f"knows {', '.join(title(each) for each in SLOTS)}.",
             family=family,
         )
