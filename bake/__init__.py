@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bake.adapter_api import AdapterResult, combine, convert, extract, resize
+    from bake.adapter_api import AdapterResult, combine, extract, resize
     from bake.api import Result, build_plan, check_output, fuse, run_plan
+    from bake.converting import convert
     from bake.errors import BakeError
     from bake.inspection import inspect
     from bake.merging import build_merge_plan, merge
@@ -63,7 +64,7 @@ _HOMES = {
     "build_plan": "bake.api",
     "check_output": "bake.api",
     "combine": "bake.adapter_api",
-    "convert": "bake.adapter_api",
+    "convert": "bake.converting",
     "extract": "bake.adapter_api",
     "fuse": "bake.api",
     "inspect": "bake.inspection",

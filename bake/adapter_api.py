@@ -499,9 +499,18 @@ def _opened(paths: Sequence[PathLike]) -> Iterator[list[Adapter]]:
         yield found
 
 
+def holds_adapter(path: Path) -> bool:
+    """True if there is an adapter at `path`."""
+    if path.is_dir() and not has_adapter(path):
+        return False
+    source = open_adapter(path)
+    source.file.close()
+    return is_adapter(source) or source.config is not None
+
+
 def _no_adapter(path: Path) -> Unsupported:
     return Unsupported(
-        f"{path} is no adapter, and only adapters are resized, combined and converted here. "
+        f"{path} is no adapter, and only adapters are resized and combined here. "
         f"'bake inspect {path}' says what it is.",
         path=str(path),
     )

@@ -67,6 +67,11 @@ def build_plan(
     *,
     also: Iterable[PathLike] = (),
     replaced: Mapping[str, PathLike] | None = None,
+    layout: str = "keep",
+    like: PathLike | None = None,
+    shard_size: int | None = None,
+    drop: Iterable[str] = (),
+    ema: str = "keep",
     dtype: str | Mapping[str, str] = "keep",
     only: Iterable[str] = (),
     allow_unmatched: bool = False,
@@ -80,16 +85,19 @@ def build_plan(
 ) -> Plan:
     """Return what `fuse` would do, decided to the last byte, from headers alone. Nothing is written.
 
-    base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or
-    AdapterChoice. also: further files of a split stack. replaced: component ("vae", "te1", ...) -> the checkpoint
-    that it is taken from. dtype: "keep" or a key of bake.dtypes.OUTPUT_DTYPES, or a mapping from component ("te" for
-    all text encoders, "all" for the rest) to these. only: components to fuse into. metadata: added to the output's.
-    record: write names, weights and SHA-256 of the inputs into the output. embeddings: what becomes of token
-    embeddings that travel in adapters: "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer
-    and text encoder) or "drop". rounding: "nearest", "stochastic" or "fast", see docs/numerics.md. seed: of stochastic
-    rounding. allow_nonfinite_base: elements of the base that are NaN or infinite stay as they are in tensors that are
-    computed, instead of being refused. strict: refuse adapters that the base's record says are in it already, of which
-    there is a warning otherwise.
+    base: a .safetensors file, a sharded or a diffusers folder. adapters: paths, (path, weight) pairs or AdapterChoice.
+    also: further files of a split stack. replaced: component ("vae", "te1", ...) -> the checkpoint that it is taken
+    from, or that it is added from. layout: "keep", "original" (one file) or "diffusers" (a folder; like: one whose
+    configuration, tokenizer and scheduler files are taken). shard_size: bytes of a shard, at most; 0 for one file, None
+    as the base is. drop: components, "ema", "training" or "rest", see docs/convert.md. ema: "use" puts averaged weights
+    in the place of the others. dtype: "keep" or a key of bake.dtypes.OUTPUT_DTYPES, or a mapping from component ("te"
+    for all text encoders, "all" for the rest) to these. only: components to fuse into. metadata: added to the output's.
+    record: write names, weights and SHA-256 of the inputs into the output. embeddings: what becomes of token embeddings
+    that travel in adapters: "beside" (files in OUTPUT.embeddings), "add" (to a diffusers folder's tokenizer and text
+    encoder) or "drop". rounding: "nearest", "stochastic" or "fast", see docs/numerics.md. seed: of stochastic rounding.
+    allow_nonfinite_base: elements of the base that are NaN or infinite stay as they are in tensors that are computed,
+    instead of being refused. strict: refuse adapters that the base's record says are in it already, of which there is a
+    warning otherwise.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     recipe = Recipe(
@@ -97,6 +105,11 @@ def build_plan(
         adapters=tuple(_choice(adapter) for adapter in adapters),
         also=tuple(Path(path) for path in also),
         replaced={component: Path(path) for component, path in (replaced or {}).items()},
+        layout=layout,
+        like=None if like is None else Path(like),
+        shard_size=shard_size,
+        drop=tuple(drop),
+        ema=ema,
         dtype=dtype if isinstance(dtype, str) else dict(dtype),
         only=tuple(only),
         allow_unmatched=allow_unmatched,
@@ -288,9 +301,11 @@ def check_output_path(plan: Plan, output: PathLike, *, overwrite: bool = False, 
     is_folder = plan.packaging != "file"
     if not is_folder and target.suffix != ".safetensors":
         raise UsageError(f"{target}: the output is a safetensors file; let its name end in .safetensors")
+    if is_folder and target.suffix == ".safetensors" and not target.is_dir():
+        raise UsageError(f"{target}: the output is a folder; let its name not end in .safetensors")
     inputs = [source.path for source in plan.inputs] + ([plan.base] if is_folder else [])
     others = [model.path for model in plan.merge.models] if plan.merge is not None else []
-    others += [each.path for each in plan.replaced]
+    others += [each.path for each in plan.replaced] + ([plan.like] if plan.like is not None else [])
     inputs += [path for path in others if path.is_dir()]
     with inputs_only():
         needed = output_bytes(plan)
@@ -326,7 +341,7 @@ def input_bytes(plan: Plan) -> int:
 def _sources(tensor: TensorPlan) -> list[Stored]:
     """What the values of a tensor come from that terms may change."""
     if tensor.merge is None:
-        return [tensor.source]
+        return list(tensor.copied)
     return [stored for share in tensor.merge.shares for stored in share.stored]
 
 

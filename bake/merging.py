@@ -21,6 +21,11 @@ def build_merge_plan(
     base: PathLike | None = None,
     parameters: Mapping[str, Setting] | None = None,
     replaced: Mapping[str, PathLike] | None = None,
+    layout: str = "keep",
+    like: PathLike | None = None,
+    shard_size: int | None = None,
+    drop: Iterable[str] = (),
+    ema: str = "keep",
     dtype: str | Mapping[str, str] = "keep",
     only: Iterable[str] = (),
     allow_missing: bool = False,
@@ -34,10 +39,10 @@ def build_merge_plan(
     method: a row of docs/merging.md. models: in the order in which it takes them; each a .safetensors file, a sharded
     or a diffusers folder. base: the model that the others were trained from, for methods that have one. parameters:
     name -> number, switch or word, a Selection of numbers for parts of the model, or a list with one for each model.
-    replaced, dtype, only, metadata, record: as for `build_plan`; without `dtype` every tensor keeps that of the first
-    model. allow_missing: tensors that another model lacks stay as the first one has them, and what only others have
-    is left out, instead of being refused. rounding: "nearest" or "stochastic". seed: of stochastic rounding and of
-    methods that draw by chance.
+    replaced, layout, like, shard_size, drop, ema, dtype, only, metadata, record: as for `build_plan`; without `dtype`
+    every tensor keeps that of the first model. allow_missing: tensors that another model lacks stay as the first one
+    has them, and what only others have is left out, instead of being refused. rounding: "nearest" or "stochastic".
+    seed: of stochastic rounding and of methods that draw by chance.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
     merged = MergeChoice(
@@ -52,6 +57,11 @@ def build_merge_plan(
         Recipe(
             base=merged,
             replaced={component: Path(path) for component, path in (replaced or {}).items()},
+            layout=layout,
+            like=None if like is None else Path(like),
+            shard_size=shard_size,
+            drop=tuple(drop),
+            ema=ema,
             dtype=dtype if isinstance(dtype, str) else dict(dtype),
             metadata=dict(metadata or {}),
             record=record,

@@ -28,7 +28,7 @@ ALLOWED = {
     "factoring": {"errors", "draws"},
     "merges": {"errors", "draws"},
     "identify": {"errors", "io", "keys"},
-    "plan": {"errors", "dtypes", "garbage", "io", "keys", "identify", "merges"},
+    "plan": {"errors", "dtypes", "garbage", "sizes", "io", "keys", "identify", "merges"},
     "recipes": {"errors", "dtypes", "sizes", "io", "keys", "merges", "plan"},
     "execute": {
         "errors",
@@ -51,6 +51,7 @@ ALLOWED = {
     "merging": {"api", "plan", "execute", "progress"},
     "undoing": {"errors", "api", "execute", "io", "progress"},
     "running": {"errors", "interrupts", "sizes", "io", "keys", "plan", "recipes", "api", "progress"},
+    "converting": {"errors", "adapter_api", "api", "io", "plan", "execute", "progress"},
     "adapter_api": {"errors", "io", "keys", "identify", "plan", "execute", "progress"},
     "adapter_documents": {"adapter_api", "documents", "plan"},
     "doctor": {"errors", "io", "keys", "identify", "plan"},
@@ -60,8 +61,8 @@ ALLOWED = {
     "documents": {"errors", "api", "plan", "undoing", "verify", "merges", "recipes", "running"},
     "cli": {
         *("errors", "dtypes", "interrupts", "sizes", "progress", "keys", "identify", "plan", "verify", "merges"),
-        *("api", "documents", "adapter_api", "adapter_documents", "inspection", "bugreport", "merging", "undoing"),
-        *("recipes", "running"),
+        *("api", "documents", "adapter_api", "adapter_documents", "inspection", "bugreport", "merging", "converting"),
+        *("undoing", "recipes", "running"),
     },
 }
 STANDARD_LIBRARY_ONLY = ("errors", "dtypes", "garbage", "interrupts", "sizes", "progress", "keys", "plan")

@@ -215,7 +215,7 @@ def test_a_vae_in_the_names_of_diffusers_fits(parts, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "kind", "says"),
     [
-        (["--replace", "te2={b}"], Mismatch, "no te2 to be replaced"),
+        (["--replace", "te2={b}"], Mismatch, "none that bake knows the place of"),
         (["--vae", "{lora1}"], BakeError, ""),
         (["--replace", "vae={other}"], Mismatch, ""),
         (["--vae", "{vae}", "--replace", "vae={b}"], None, "two files are named for vae"),

@@ -10,6 +10,7 @@ import click
 
 from bake import api, merging
 from bake.cli.options import (
+    arrange_options,
     keep_undo_option,
     merge_dtypes_option,
     metadata_options,
@@ -53,6 +54,7 @@ _merge_options = stack(
         help="Tensors that another model lacks stay the first one's, and what only others have is left out.",
     ),
     replace_options,
+    arrange_options,
     merge_dtypes_option,
     click.option(
         "--rounding",
@@ -98,6 +100,11 @@ def command(
     allow_missing: bool,
     vae: Path | None,
     replaced: Sequence[tuple[str, Path]],
+    layout: str,
+    like: Path | None,
+    shard_size: int | None,
+    drop: Sequence[str],
+    ema: str,
     dtypes: Sequence[tuple[str, str]],
     rounding: str,
     seed: int,
@@ -140,6 +147,11 @@ def command(
         "base": base,
         "parameters": joined(method, settings, len(models)),
         "replaced": chosen_components(vae, replaced),
+        "layout": layout,
+        "like": like,
+        "shard_size": shard_size,
+        "drop": drop,
+        "ema": ema,
         "dtype": chosen_dtypes(dtypes),
         "only": only,
         "allow_missing": allow_missing,

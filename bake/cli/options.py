@@ -10,7 +10,7 @@ import click
 
 from bake.dtypes import OUTPUT_DTYPES
 from bake.errors import UsageError
-from bake.plan.recipe import EMBEDDING_MODES, EVERY, ROUNDINGS, AdapterChoice
+from bake.plan.recipe import EMA, EMBEDDING_MODES, EVERY, LAYOUTS, ROUNDINGS, AdapterChoice
 from bake.plan.words import parse_adapter
 from bake.sizes import parse_size
 
@@ -88,6 +88,20 @@ class ComponentPath(click.ParamType):
         return component, Path(path)
 
 
+class ShardSize(click.ParamType):
+    """A number of bytes, or "none" for one file, which is 0."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "none":
+            return 0
+        size: int = Size().convert(value, param, ctx)
+        if size < 1:
+            self.fail(f"{value!r} is not a size such as 5GB, and none is written 'none'", param, ctx)
+        return size
+
+
 def stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     """One decorator that applies several options, listed in the order of --help."""
 
@@ -158,6 +172,13 @@ embeddings_option = click.option(
     "OUTPUT.embeddings, add makes them words of a diffusers folder's tokenizer and text encoder, drop leaves them out.",
 )
 
+nonfinite_option = click.option(
+    "--allow-nonfinite-base",
+    is_flag=True,
+    help="Elements of the base that are NaN or infinite stay as they are, and no others may become so. Without "
+    "it they are refused in every tensor that is computed; tensors that are only copied are not looked at.",
+)
+
 metadata_options = stack(
     click.option(
         "--metadata", multiple=True, type=KeyValue(), metavar="KEY=VALUE", help="Add to the output's metadata."
@@ -182,6 +203,44 @@ replace_options = stack(
     ),
 )
 
+arrange_options = stack(
+    click.option(
+        "--layout",
+        type=click.Choice(LAYOUTS),
+        default="keep",
+        show_default=True,
+        help="original: one file with the original names. diffusers: a folder with those of diffusers, for which "
+        "--like names the configuration. The bytes are only moved.",
+    ),
+    click.option(
+        "--like",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="For --layout diffusers: a diffusers folder whose configuration, tokenizer and scheduler files are taken.",
+    ),
+    click.option(
+        "--shard-size",
+        type=ShardSize(),
+        metavar="SIZE|none",
+        help="Divide the weights into shards of at most this size (5GB) with an index, in a folder; none: one file. "
+        "Default: as the base is.",
+    ),
+    click.option(
+        "--drop",
+        multiple=True,
+        metavar="WHAT",
+        help="Leave out a component (te, te1, vae, ...), ema (averaged weights), training (optimizer state, losses) or "
+        "rest (all that belongs to no component). Repeatable.",
+    ),
+    click.option(
+        "--ema",
+        type=click.Choice(EMA),
+        default="keep",
+        show_default=True,
+        help="use: the averaged weights (model_ema) take the place of the others.",
+    ),
+)
+
 recipe_options = stack(
     click.option(
         "--also",
@@ -191,6 +250,7 @@ recipe_options = stack(
         help="A further file of a split model (a text encoder). The output is then a folder. Repeatable.",
     ),
     replace_options,
+    arrange_options,
     cast_options,
     click.option(
         "--only",
@@ -203,12 +263,7 @@ recipe_options = stack(
         is_flag=True,
         help="Fuse what matches even if some modules of an adapter have no place in the base.",
     ),
-    click.option(
-        "--allow-nonfinite-base",
-        is_flag=True,
-        help="Elements of the base that are NaN or infinite stay as they are, and no others may become so. Without "
-        "it they are refused in every tensor that is computed; tensors that are only copied are not looked at.",
-    ),
+    nonfinite_option,
     click.option(
         "--strict",
         is_flag=True,

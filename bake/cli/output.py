@@ -164,7 +164,8 @@ class Output:
             self._describe_merge(plan.merge, f"{title(plan.family)}{variant}")
         else:
             count = sum(len(file.tensors) for file in plan.files)
-            self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {plan.layout} layout, {count} tensors")
+            layout = f"{plan.layout} layout" if plan.settings["layout"] == "keep" else f"to the {plan.layout} layout"
+            self.line("base", f"{plan.base.name}: {title(plan.family)}{variant}, {layout}, {count} tensors")
         for replaced in plan.replaced:
             self.line(replaced.component, f"taken from {replaced.path.name}")
         for use in plan.adapters:
@@ -181,8 +182,8 @@ class Output:
         )
         if plan.merge is not None and not plan.adapters:
             self.line("merged", covered)
-        elif not plan.replaced or plan.adapters:
-            self.line("matched", covered or "nothing to fuse")
+        elif plan.adapters:
+            self.line("matched", covered)
         for entry in plan.skipped:
             self.line("skipped", f"{entry.modules} modules of {entry.component} ({entry.adapter}): {entry.reason}")
         for missing in plan.unmatched[:_MOST_LINES]:

@@ -63,6 +63,11 @@ def make_plan(
     vae: Path | None,
     replaced: Sequence[tuple[str, Path]],
     dtypes: Sequence[tuple[str, str]],
+    layout: str,
+    like: Path | None,
+    shard_size: int | None,
+    drop: Sequence[str],
+    ema: str,
     rounding: str,
     seed: int,
     only: Sequence[str],
@@ -76,13 +81,19 @@ def make_plan(
     """The plan that the options of fuse and plan ask for."""
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
     dtype, components = chosen_dtypes(dtypes), chosen_components(vae, replaced)
-    if not adapters and not components and all(each == "keep" for each in dtype.values()):
+    arranged = components or drop or shard_size is not None or (layout, ema) != ("keep", "keep")
+    if not adapters and not arranged and all(each == "keep" for each in dtype.values()):
         raise UsageError("nothing to fuse: name adapters with -l, or with --prompt and --lora-dir")
     return api.build_plan(
         base,
         adapters,
         also=also,
         replaced=components,
+        layout=layout,
+        like=like,
+        shard_size=shard_size,
+        drop=drop,
+        ema=ema,
         dtype=dtype,
         rounding=rounding,
         seed=seed,

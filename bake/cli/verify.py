@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from bake import api
-from bake.cli.options import adapter_options, cast_options, embeddings_option, output_options, replace_options
+from bake.cli.options import (
+    adapter_options,
+    arrange_options,
+    cast_options,
+    embeddings_option,
+    output_options,
+    replace_options,
+)
 from bake.cli.output import Output
 from bake.cli.request import chosen_adapters, chosen_components, chosen_dtypes
 from bake.errors import UsageError, VerificationFailed
@@ -21,6 +28,7 @@ from bake.plan.recipe import AdapterChoice
 @adapter_options
 @click.option("--also", multiple=True, type=click.Path(path_type=Path), help="As for fuse.")
 @replace_options
+@arrange_options
 @cast_options
 @click.option("--only", multiple=True, metavar="COMPONENT", help="As for fuse.")
 @click.option("--allow-unmatched", is_flag=True, help="As for fuse.")
@@ -44,6 +52,11 @@ def command(
     also: Sequence[Path],
     vae: Path | None,
     replaced: Sequence[tuple[str, Path]],
+    layout: str,
+    like: Path | None,
+    shard_size: int | None,
+    drop: Sequence[str],
+    ema: str,
     dtypes: Sequence[tuple[str, str]],
     rounding: str,
     seed: int,
@@ -69,12 +82,18 @@ def command(
     out = Output(as_json, quiet, verbose)
     adapters = chosen_adapters(loras, prompt, lora_dir, out)
     components = chosen_components(vae, replaced)
-    chosen = (adapters, also, components, only, allow_unmatched, allow_nonfinite_base, dtypes, seed)
-    if base is None and (any(chosen) or embeddings != "beside" or rounding != "nearest"):
+    chosen = (adapters, also, components, like, drop, only, allow_unmatched, allow_nonfinite_base, dtypes, seed)
+    modes = (layout, ema, shard_size, embeddings, rounding) != ("keep", "keep", None, "beside", "nearest")
+    if base is None and (any(chosen) or modes):
         raise UsageError("adapters and their options need --base too; without it the stored recipe is replayed")
     what = {
         "also": also,
         "replaced": components,
+        "layout": layout,
+        "like": like,
+        "shard_size": shard_size,
+        "drop": drop,
+        "ema": ema,
         "dtype": chosen_dtypes(dtypes),
         "rounding": rounding,
         "seed": seed,

@@ -179,14 +179,18 @@ def _copied_spans(file: FilePlan) -> Iterator[tuple[int, int, int, int]]:
     for tensor in file.tensors:
         if not tensor.is_copy:
             continue
-        place, (begin, end), offset = tensor.source.input, tensor.source.span, tensor.span[0]
-        if current is not None:
-            _, first, last, start = current
-            if current[0] == place and last == begin and start + last - first == offset:
-                current = (place, first, end, start)
-                continue
-            yield current
-        current = (place, begin, end, offset)
+        offset = tensor.span[0]
+        for stored in tensor.copied:
+            place, (begin, end) = stored.input, stored.span
+            if current is not None:
+                _, first, last, start = current
+                if current[0] == place and last == begin and start + last - first == offset:
+                    current = (place, first, end, start)
+                    offset += end - begin
+                    continue
+                yield current
+            current = (place, begin, end, offset)
+            offset += end - begin
     if current is not None:
         yield current
 

@@ -147,7 +147,7 @@ class Pipeline:
             with ExitStack() as opened:
                 if len(self._task.plan.inputs) <= MANY_FILES:
                     for place in range(len(self._task.plan.inputs)):
-                        if self._task.plan.inputs[place].role != "config":
+                        if self._task.plan.inputs[place].has_tensors:
                             opened.enter_context(self._task.files.using(place))
                 for number in range(self._workers):
                     device = self._devices[number % len(self._devices)]

@@ -186,6 +186,11 @@ def _open_shards(folder: Path, index: Path, below: str, group: str) -> tuple[Che
     return tuple(parts)
 
 
+def open_side_files(root: Path) -> tuple[str, ...]:
+    """What of a folder is copied beside weights, as paths below it. Raises FolderError as `open_checkpoint`."""
+    return _side_files(root, set())[0]
+
+
 def _side_files(root: Path, taken: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(files to copy, files left out) among everything below `root` that is not `taken`.
 

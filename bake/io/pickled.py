@@ -40,7 +40,9 @@ class PickledFile:
         self.changed, self.inode = status.st_ctime_ns, status.st_ino
         content = _load(path, self.size)
         self.is_list = isinstance(content, (list, tuple))
+        self.left_out: tuple[str, ...] = ()
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            self.left_out = tuple(str(key) for key in content if key != "state_dict")
             content = content["state_dict"]
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}

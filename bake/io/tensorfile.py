@@ -36,6 +36,7 @@ class TensorFile(Protocol):
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]  # in the order of their bytes
     is_list: bool  # its tensors have no names, only places
+    left_out: tuple[str, ...]  # entries of the file beside the tensors of the model, which are not among these
 
     def read_into(self, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` with the data section's bytes from `begin` on; safe from several threads."""
@@ -57,6 +58,7 @@ class SafetensorsFile:
     """A .safetensors file: the header is checked on opening, data is read by position, nothing is mapped."""
 
     is_list = False
+    left_out = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -30,6 +30,7 @@ _OUTSIDE = {
     "token_embedding": "embeddings.token_embedding",
     "positional_embedding": "embeddings.position_embedding",
 }
+_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # in the order of OpenCLIP's rows
 _FUSED = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
 
 
@@ -61,6 +62,41 @@ def hf_modules(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -
         for module, parameters in modules.items()
         if not any(place.tensor in covered for places in parameters.values() for place in places)
     }
+
+
+def openclip_tensors(modules: Mapping[str, Parameters]) -> dict[str, tuple[Place, ...]]:
+    """The tensors of a Hugging Face text encoder by the names that OpenCLIP has for them: q, k and v in one.
+
+    What it has none for, such as `position_ids`, is left out.
+    """
+    found: dict[str, tuple[Place, ...]] = {}
+    outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+    resblock = {theirs: ours for ours, theirs in _RESBLOCK.items()}
+    fused: dict[str, dict[str, Place]] = {}
+    for path, parameters in modules.items():
+        module = path.removeprefix(_LEVEL)
+        layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", module)
+        for parameter, (place, *_) in parameters.items():
+            if module == "text_projection":
+                found[module] = (place._replace(transposed=True),)
+            elif module == "embeddings.position_embedding":
+                found[outside[module]] = (place,)  # a bare parameter
+            elif module in outside:
+                found[f"{outside[module]}.{parameter}"] = (place,)
+            elif module == "logit_scale":
+                found[module] = (place,)
+            elif layer is not None and layer[2] in resblock:
+                found[f"transformer.resblocks.{layer[1]}.{resblock[layer[2]]}.{parameter}"] = (place,)
+            elif layer is not None and layer[2] in _PROJECTIONS:
+                joined = f"transformer.resblocks.{layer[1]}.attn.in_proj_{parameter}"
+                fused.setdefault(joined, {})[layer[2]] = place
+    whole = {name: parts for name, parts in fused.items() if len(parts) == len(_PROJECTIONS)}
+    return found | {name: tuple(parts[each] for each in _PROJECTIONS) for name, parts in whole.items()}
+
+
+def with_level(path: str) -> str:
+    """The module of a Hugging Face text encoder as all but transformers 5 call it: below `text_model.`."""
+    return path if path.startswith((_LEVEL, "text_projection", "logit_scale")) else _LEVEL + path
 
 
 def _in_hf_names(modules: Mapping[str, Parameters], shapes: Mapping[str, Shape]) -> dict[str, Parameters]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from bake.keys import tables
 from bake.keys.places import Parameters
-from bake.keys.tables import Row, Table, same, within
+from bake.keys.tables import Layout, Row, Table, same, within
 
 _RESNET = (same("norm1"), same("conv1"), same("norm2"), same("conv2"), same("nin_shortcut", "conv_shortcut"))
 _ATTENTION = (  # the second name: diffusers before 0.17
@@ -38,6 +38,9 @@ def _half(name: str, side: str) -> tuple[Row, ...]:
 
 _VAE = Table(*_half("encoder", "down"), *_half("decoder", "up"))
 _LEVEL = re.compile(r"decoder\.up\.(\d+)\.")
+_PROJECTION = re.compile(
+    r".*\.(attn_1|attentions\.0)\.(q|k|v|proj_out|to_[qkv]|to_out\.0|to_out|query|key|value|proj_attn)"
+)
 _ANY_LEVEL = re.compile(r"decoder\.up(?:_blocks)?\.(\d+)\.")
 
 
@@ -47,6 +50,20 @@ def aliases(modules: Mapping[str, Parameters], shapes: Mapping[str, tuple[int, .
     found = tables.aliases(_VAE, {_turned(path, last): each for path, each in modules.items()}, shapes)
     others = {_turned(path, last): parameters for path, parameters in found.items()}
     return {path: parameters for path, parameters in others.items() if path not in modules}
+
+
+def in_layout(
+    modules: Mapping[str, Parameters], shapes: Mapping[str, tuple[int, ...]], layout: Layout
+) -> dict[str, Parameters]:
+    """An autoencoder's modules by their names in one layout, whichever of the two they are in."""
+    last = _last_level(modules)
+    found = tables.in_layout(_VAE, {_turned(path, last): each for path, each in modules.items()}, shapes, layout)
+    return {_turned(path, last): parameters for path, parameters in found.items()}
+
+
+def is_projection(path: str) -> bool:
+    """True for a projection of an attention block, by any of its names."""
+    return _PROJECTION.fullmatch(path) is not None
 
 
 def _last_level(modules: Iterable[str]) -> int:

@@ -11,24 +11,26 @@ from dataclasses import dataclass
 from bake.errors import UsageError
 from bake.garbage import without_collecting
 from bake.identify.adapter import Adapter, identify_adapter
-from bake.identify.checkpoint import BaseIdentity, identify_checkpoint
-from bake.identify.scaled import scaled_layers
+from bake.identify.checkpoint import BaseIdentity
 from bake.io.adapter import content_key, open_adapter
 from bake.io.checkpoint import Checkpoint, open_checkpoint
-from bake.plan.arranged import Arranged
+from bake.plan.arranged import Arranged, arranged
 from bake.plan.base import check_family
 from bake.plan.casts import Casting, check_casts
 from bake.plan.doubles import note_repeated, warn_of_doubles
 from bake.plan.embeddings import embedding_notes, plan_embeddings
-from bake.plan.files import plan_files, plan_side_files
+from bake.plan.files import plan_files, plan_side_files, updated_indexes
 from bake.plan.heads import base_of, settle_heads
-from bake.plan.inputs import input_of, inputs_of
+from bake.plan.inputs import inputs_of
+from bake.plan.layout import lay_out_as
 from bake.plan.match import AdapterMatcher, Matching
 from bake.plan.merge import merge_models
-from bake.plan.model import AdapterUse, Input, Plan
+from bake.plan.model import AdapterUse, FilePlan, Input, Plan, SideFile
+from bake.plan.pruning import prune
 from bake.plan.recipe import AdapterChoice, MergeChoice, Recipe
 from bake.plan.refuse import check_only, refuse_packed, refuse_quantised, refuse_unmatched
 from bake.plan.replacing import replace_components
+from bake.plan.sharding import Packed, pack
 
 _EMA = "model_ema."  # where training code keeps averaged weights
 
@@ -66,21 +68,24 @@ def build_plan(recipe: Recipe) -> Plan:
         warnings = warn_of_doubles(recipe, base.records, [(use.adapter.source, use.choice) for use in uses])
         inputs, adapters = _list_inputs(base.inputs, uses)
         if uses or recipe.converts:
-            refuse_quantised(checkpoint.root, checkpoint, base.scaled)
+            refuse_quantised(base.base, checkpoint, base.scaled)
         matching = _match(recipe, checkpoint, identity, uses, adapters, base.scaled.beside)
         identified = [(described, use.adapter) for described, use in zip(adapters, uses, strict=True)]
         embeddings, growth = plan_embeddings(recipe, checkpoint, identity, identified)
         casting = Casting(recipe, identity.components, base.scaled, matching, growth)
         files = plan_files(recipe, base, matching, growth, casting)
+        side_files = plan_side_files(recipe, base, growth, matching)
+        packed = _packed(recipe, checkpoint, files, side_files)
         return Plan(
             family=identity.family,
             layout=identity.layout,
             variant=identity.variant,
-            packaging=checkpoint.packaging,
-            base=checkpoint.root,
+            packaging=packed.packaging,
+            base=base.base,
+            base_packaging=base.packaging,
             inputs=inputs,
-            files=files,
-            side_files=plan_side_files(recipe, checkpoint, identity, growth, matching, files),
+            files=packed.files,
+            side_files=packed.side_files,
             adapters=adapters,
             components=matching.coverage(identity) if recipe.adapters else dict(base.merged),
             unmatched=tuple(matching.unmatched),
@@ -89,8 +94,13 @@ def build_plan(recipe: Recipe) -> Plan:
                 *base.notes,
                 *_notes(recipe, checkpoint, uses, matching),
                 *embedding_notes(recipe, adapters, embeddings),
+                *packed.notes,
             ),
             settings={
+                "layout": recipe.layout,
+                "shard_size": recipe.shard_size,
+                "drop": list(recipe.drop),
+                "ema": recipe.ema,
                 "dtype": recipe.plain_dtype,
                 "only": list(recipe.only),
                 "allow_unmatched": recipe.allow_unmatched,
@@ -106,21 +116,34 @@ def build_plan(recipe: Recipe) -> Plan:
             seed=recipe.seed,
             merge=base.merging,
             replaced=base.replaced,
+            like=base.like,
         )
 
 
 def _arrange(recipe: Recipe, opened: ExitStack) -> Arranged:
     """The base that adapters are fused into."""
+
+    def shaped(base: Arranged) -> Arranged:
+        return lay_out_as(prune(base, recipe.drop, recipe.ema), recipe.layout, recipe.like, recipe.replaced.keys())
+
     if isinstance(recipe.base, MergeChoice):
         if recipe.rounding == "fast":
             raise UsageError("--rounding fast: merges have nearest and stochastic")
-        base = merge_models(recipe.base, recipe.replaced.keys(), opened)
+        base = merge_models(recipe.base, recipe.replaced.keys(), shaped, opened)
     else:
         checkpoint = open_checkpoint(recipe.base, recipe.also)
         opened.callback(checkpoint.close)
-        inputs = tuple(input_of(part.file, "base") for part in checkpoint.files)
-        base = Arranged(checkpoint, identify_checkpoint(checkpoint), scaled_layers(checkpoint), inputs)
+        base = shaped(arranged(checkpoint))
     return replace_components(base, recipe.replaced, opened)
+
+
+def _packed(
+    recipe: Recipe, checkpoint: Checkpoint, files: tuple[FilePlan, ...], side_files: tuple[SideFile, ...]
+) -> Packed:
+    """The files of the output: as the base's are, or in as many as were asked for."""
+    if recipe.shard_size is None:
+        return Packed(checkpoint.packaging, files, (*side_files, *updated_indexes(checkpoint, files)))
+    return pack(files, side_files, checkpoint.packaging, recipe.shard_size)
 
 
 def _check_recipe(recipe: Recipe, identity: BaseIdentity) -> None:

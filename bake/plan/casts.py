@@ -18,7 +18,7 @@ from bake.io.header import TensorInfo
 from bake.keys.modules import Component
 from bake.keys.scaled import LAYERS_KEY, NEW, OLD, WEIGHT, WRITTEN, Generation
 from bake.plan.match import Matching
-from bake.plan.model import Rescaling, Stored
+from bake.plan.model import Rescaling
 from bake.plan.recipe import EVERY, ROUNDINGS, Recipe, is_text_encoder
 from bake.plan.tokens import Growth
 
@@ -133,18 +133,13 @@ class Casting:
         by_row = layer is not None and stays and layer.by_row
         return Rescaling(full.removesuffix(WEIGHT) + generation.scale, by_row)
 
-    def source_scale(self, full: str, place: int, part: CheckpointFile) -> Stored | None:
-        """What the source of a tensor counts times; None for plain values and for what is copied.
-
-        place: of the part among the inputs.
-        """
+    def source_scale(self, full: str) -> str | None:
+        """The tensor that the source of another counts times; None for plain values and for what is copied."""
         layer = self.scaled.layers.get(full)
         if layer is None or full in self.matching.replaced or (self._stays(layer) and not self._is_touched(full)):
             return None
         self._check(full, layer)
-        name = layer.scale.removeprefix(part.group)
-        info = part.file.tensors[name]
-        return Stored(place, name, info.dtype, info.shape, (info.begin, info.end))
+        return layer.scale
 
     def _check(self, full: str, layer: ScaledLayer | None) -> None:
         grows = full in self.growth.rows or (layer is not None and full in self.matching.padded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,8 +20,9 @@ from bake.keys.factors import as_matrix
 from bake.keys.modules import Component, split_by_component
 from bake.keys.places import Place, split_parameter
 from bake.plan.base import Base
+from bake.plan.composed import cut, share_of
 from bake.plan.heads import base_of
-from bake.plan.model import Share, Stored
+from bake.plan.model import Share
 
 _UNETS = ("ldm unet", "diffusers unet")
 _FIRST_LAYERS = ("input_blocks.0.0.weight", "conv_in.weight")  # of a UNet: inpainting models have more channels there
@@ -78,10 +79,13 @@ class Opened:
         return None if tie is None else tie.head
 
     @cached_property
-    def _files(self) -> dict[str, tuple[int, CheckpointFile]]:
-        """full name -> (place of its file in Plan.inputs, file)."""
+    def _files(self) -> dict[str, tuple[int, CheckpointFile, str]]:
+        """full name -> (place of its file in Plan.inputs, file, what stands for it there)."""
         places = {part.relative: self.inputs + place for place, part in enumerate(self.checkpoint.files)}
-        found = {full: (places[part.relative], part) for full, part, _ in self.checkpoint.tensors()}
+        found = {
+            full: (places[part.relative], part, full.removeprefix(part.group))
+            for full, part, _ in self.checkpoint.tensors()
+        }
         tie = self._base_and_tie[1]
         if tie is not None and tie.head in self.base.tensors:
             found.setdefault(tie.head, found[tie.embedding])
@@ -93,21 +97,18 @@ class Opened:
         split = split_by_component(self.identity.components, self.base.tensors)
         return {component.name: (component, names) for component, names in split}
 
-    def stored(self, full: str, first: int = 0, count: int | None = None) -> Stored:
+    def stored(self, full: str, first: int = 0, count: int | None = None) -> Share:
         """Rows [first, first + count) of a tensor; None: all."""
-        place, part = self._files[full]
-        info = self.base.tensors[full]
-        name = full.removeprefix(part.group)
-        if count is None or count == as_matrix(info.shape)[0]:
-            return Stored(place, name, info.dtype, info.shape, (info.begin, info.end))
-        row = (info.end - info.begin) // info.shape[0]  # bytes
-        begin = info.begin + first * row
-        return Stored(place, name, info.dtype, (count, *info.shape[1:]), (begin, begin + count * row))
+        place, part, name = self._files[full]
+        share = share_of(part, place, name)
+        if count is None or count == as_matrix(self.base.tensors[full].shape)[0]:
+            return share
+        return cut(share, (first, first + count))
 
     def read(self, full: str) -> tuple[str, bytes]:
         """(dtype, bytes) of a small tensor."""
-        _, part = self._files[full]
-        return self.base.tensors[full].dtype, read_tensor_bytes(part.file, full.removeprefix(part.group))
+        _, part, name = self._files[full]
+        return self.base.tensors[full].dtype, read_tensor_bytes(part.file, name)
 
 
 def check_alike(first: Opened, other: Opened) -> None:
@@ -220,7 +221,7 @@ class Counterparts:
         if pieces[0].transposed:
             shape = tensors[pieces[0].tensor].shape
             if len(pieces) == 1 and tuple(reversed(shape)) == info.shape:
-                return Share((self._other.stored(pieces[0].tensor),), True)
+                return replace(self._other.stored(pieces[0].tensor), transposed=True)
             raise self._misfit(full, pieces)
         height, width = as_matrix(info.shape)
         widths = {math.prod(tensors[piece.tensor].shape[1:]) for piece in pieces}
@@ -229,7 +230,8 @@ class Counterparts:
             raise self._misfit(full, pieces)
         if widths != {width} and not self._is_first_layer(full, theirs, tensors[pieces[0].tensor].shape):
             raise self._misfit(full, pieces)
-        return Share(tuple(self._other.stored(piece.tensor, piece.first, piece.rows) for piece in pieces))
+        parts = [self._other.stored(piece.tensor, piece.first, piece.rows) for piece in pieces]
+        return Share(tuple(stored for part in parts for stored in part.stored))
 
     def _is_first_layer(self, full: str, theirs: Component, shape: tuple[int, ...]) -> bool:
         """True for the first layer of a plain UNet that is merged into that of an inpainting model.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from bake.identify.checkpoint import BaseIdentity
 from bake.io.checkpoint import Checkpoint, CheckpointFile, ShardIndex
 from bake.io.header import TensorInfo, lay_out
-from bake.plan.arranged import Arranged
+from bake.plan.arranged import Arranged, Origin, passthrough
 from bake.plan.casts import Casting, config_dtype
+from bake.plan.composed import is_in_place, share_of
 from bake.plan.match import Matching
-from bake.plan.model import FilePlan, MergeStep, SideFile, Stored, TensorPlan
+from bake.plan.model import FilePlan, MergeStep, Share, SideFile, Stored, TensorPlan
 from bake.plan.recipe import Recipe
 from bake.plan.record import carried_metadata, history_of
 from bake.plan.tokens import Growth
@@ -66,11 +67,12 @@ def _plan_tensors(
         del likes[name]
     likes |= {name: each.like.removeprefix(part.group) for name, each in beside.items()}
     origins = {
-        name: matching.replaced.get(part.group + name) or base.origin(part.group + like, place, like, stored[like])
+        name: Share((matching.replaced[part.group + name],))
+        if part.group + name in matching.replaced
+        else base.origin(part, place, like)
         for name, like in likes.items()
     }
-    own = {name: _own(place, like, stored[like]) for name, like in likes.items()}
-    sources = {name: own[name] if isinstance(origin, MergeStep) else origin for name, origin in origins.items()}
+    sources = {name: _source(origins[name], part, place, like) for name, like in likes.items()}
     placed = lay_out(
         (name, beside[name].dtype, beside[name].shape)
         if name in beside
@@ -95,26 +97,39 @@ def _plan_tensors(
         if name in beside:
             tensors.append(TensorPlan(**where, scale_of=beside[name].scale_of, content=beside[name].content))
             continue
-        origin = origins[name]
-        tensors.append(
-            TensorPlan(
-                **where,
-                merge=origin if isinstance(origin, MergeStep) else None,
-                terms=tuple(matching.terms.get(full, ())),
-                appended=growth.rows.get(full, ()),
-                replaced=full in matching.replaced,
-                stacked=full in matching.stacks,
-                scale=casting.source_scale(full, place, part),
-                rescaled=casting.rescaling(full, stored[likes[name]]),
-                keeps_nonfinite=recipe.allow_nonfinite_base and full not in matching.replaced,
-            )
+        origin, scale = origins[name], casting.source_scale(full)
+        planned = TensorPlan(
+            **where,
+            merge=origin if isinstance(origin, MergeStep) else None,
+            terms=tuple(matching.terms.get(full, ())),
+            appended=growth.rows.get(full, ()),
+            replaced=full in matching.replaced,
+            stacked=full in matching.stacks,
+            scale=None if scale is None else share_of(part, place, scale.removeprefix(part.group)).stored[0],
+            rescaled=casting.rescaling(full, stored[likes[name]]),
+            keeps_nonfinite=recipe.allow_nonfinite_base and full not in matching.replaced,
         )
+        tensors.append(planned if isinstance(origin, MergeStep) else _put_together(planned, full, origin))
     return tuple(tensors)
 
 
-def _own(place: int, name: str, info: TensorInfo) -> Stored:
-    """The tensor as the base has it."""
-    return Stored(place, name, info.dtype, info.shape, (info.begin, info.end))
+def _source(origin: Origin, part: CheckpointFile, place: int, name: str) -> Stored:
+    """What stands for a tensor's values in its plan: where they lie, if they do so in one piece."""
+    share = share_of(part, place, name) if isinstance(origin, MergeStep) else origin
+    (first, *more) = share.stored
+    if isinstance(origin, Share) and not more and not share.transposed:
+        return first
+    info = part.file.tensors[name]
+    return replace(first, dtype=info.dtype, shape=info.shape)
+
+
+def _put_together(planned: TensorPlan, full: str, share: Share) -> TensorPlan:
+    """The plan of a tensor that lies in several pieces or with its rows as columns: copied or, else, computed."""
+    if len(share.stored) == 1 and not share.transposed:
+        return planned
+    if planned.is_copy and not planned.appended and is_in_place(share, planned.dtype):
+        return replace(planned, pieces=share.stored)
+    return replace(planned, merge=passthrough(full, share))
 
 
 def _shape(full: str, info: TensorInfo, source: Stored, growth: Growth, matching: Matching) -> tuple[int, ...]:
@@ -125,27 +140,27 @@ def _shape(full: str, info: TensorInfo, source: Stored, growth: Growth, matching
     return growth.appended(full, info)[0]
 
 
-def plan_side_files(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    identity: BaseIdentity,
-    growth: Growth,
-    matching: Matching,
-    planned: Sequence[FilePlan],
-) -> tuple[SideFile, ...]:
-    """Everything else of the output folder; the shard indexes come last, when their shards exist."""
+def plan_side_files(recipe: Recipe, base: Arranged, growth: Growth, matching: Matching) -> tuple[SideFile, ...]:
+    """Everything of the output folder that is neither weights nor the index of shards."""
+    checkpoint = base.checkpoint
     files = []
-    for relative in sorted({*checkpoint.side_files, *growth.contents, *matching.side_sources}):
-        content = growth.contents.get(relative)
+    for relative in sorted({*checkpoint.side_files, *growth.contents, *base.contents, *matching.side_sources}):
+        content = growth.contents.get(relative, base.contents.get(relative))
         group = relative.removesuffix("config.json")
         if relative.endswith("config.json") and group in checkpoint.configs:
             config = checkpoint.configs[group]
             widened = _widened_inputs(config, matching.padded.get(f"{group}x_embedder.weight"))
             changed = {**widened, **matching.configs.get(group, {}), **growth.configs.get(group, {})}
-            content = _updated_config(config, changed, config_dtype(recipe, identity.components, group))
+            updated = _updated_config(config, changed, config_dtype(recipe, base.identity.components, group))
+            content = content if updated is None else updated
         source = matching.side_sources.get(relative, checkpoint.root / relative)
         files.append(SideFile(relative, source if content is None else None, content))
-    return (*files, *(_updated_index(index, planned) for index in checkpoint.indexes))
+    return tuple(files)
+
+
+def updated_indexes(checkpoint: Checkpoint, planned: Sequence[FilePlan]) -> tuple[SideFile, ...]:
+    """The indexes of the base's shards, as they are then; they are written last, when the shards exist."""
+    return tuple(_updated_index(index, planned) for index in checkpoint.indexes)
 
 
 def _updated_index(index: ShardIndex, planned: Sequence[FilePlan]) -> SideFile:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 from bake.errors import Mismatch, Unsupported, UsageError
 from bake.identify.checkpoint import identify_checkpoint
-from bake.identify.scaled import ScaledBase, scaled_layers
+from bake.identify.scaled import scaled_layers
 from bake.io.adapter import content_key
 from bake.io.checkpoint import Checkpoint, open_checkpoint
 from bake.io.header import TensorInfo
 from bake.keys.nearest import nearest_names
 from bake.merges import METHODS, Method
-from bake.plan.arranged import Arranged, Origin, columns, origin_of
+from bake.plan.arranged import Arranged, Origin, arranged, columns, origin_of
 from bake.plan.counterparts import Counterparts, Opened, check_alike, is_merged
 from bake.plan.inputs import input_of
+from bake.plan.listing import some
 from bake.plan.model import Coverage, MergeStep, Merging, ModelUse, Share
 from bake.plan.parameters import Parameters, permuted, setting_to_json
 from bake.plan.recipe import MergeChoice
@@ -29,10 +31,13 @@ from bake.plan.vocabulary import check_vocabularies
 _LISTED = 4  # tensors spelled out in a message
 
 
-def merge_models(choice: MergeChoice, replaced: Collection[str], opened: ExitStack) -> Arranged:
+def merge_models(
+    choice: MergeChoice, replaced: Collection[str], shaped: Callable[[Arranged], Arranged], opened: ExitStack
+) -> Arranged:
     """The base that is made by merging: decided from headers, a few samples of the data, and configuration files.
 
-    replaced: components that are not merged, because others will take their place. opened: closes the models.
+    replaced: components that are not merged, because others will take their place. shaped: what becomes of the first
+    model before it is merged. opened: closes the models.
     Raises UsageError for methods, parameters and selections that cannot be meant;
     InputError for unreadable files; Mismatch and its kin for models that do not fit together; Unsupported for
     quantised ones.
@@ -40,25 +45,23 @@ def merge_models(choice: MergeChoice, replaced: Collection[str], opened: ExitSta
     method = _method(choice)
     roles = _roles(method, choice)
     models, parameters = _opened(choice, method, roles, opened)
-    first = models[0]
+    base = shaped(arranged(models[0].checkpoint))
+    first = Opened(models[0].name, base.checkpoint, base.identity, 0, models[0].content)
     check_only(choice.only, first.identity, "the first model")
     for other in models[1:]:
         check_alike(first, other)
-        check_vocabularies(first, other)
+        check_vocabularies(models[0], other)
     names = [full for full, _, _ in first.checkpoint.tensors()]
     values = Parameters(method, roles, parameters, first.identity, names)
-    steps = _Steps(choice, replaced, method, roles, models, values)
+    steps = _Steps(choice, replaced, method, roles, [first, *models[1:]], values)
     origins = steps.origins()
     steps.check()
-    return Arranged(
-        checkpoint=first.checkpoint,
-        identity=first.identity,
-        scaled=ScaledBase(),
-        inputs=tuple(
-            input_of(part.file, "base" if model is first else "model")
-            for model in models
-            for part in model.checkpoint.files
-        ),
+    others = [part.file for model in models[1:] for part in model.checkpoint.files]
+    count = len(models[0].checkpoint.files)
+    return dataclasses.replace(
+        base,
+        inputs=(*base.inputs[:count], *(input_of(file, "model") for file in others), *base.inputs[count:]),
+        files={**base.files, **dict(enumerate(others, count))},
         origins=origins,
         merging=Merging(
             method.name,
@@ -68,7 +71,7 @@ def merge_models(choice: MergeChoice, replaced: Collection[str], opened: ExitSta
             choice.allow_missing,
         ),
         merged=steps.coverage(),
-        notes=tuple(steps.notes()),
+        notes=(*base.notes, *steps.notes()),
     )
 
 
@@ -218,7 +221,7 @@ class _Steps:
             return None
         self._merged[component] += 1
         if alone is not None:
-            return origin_of(full, self._models[0].stored(full), _certain(shares[alone]), alone)
+            return origin_of(full, self._models[0].stored(full), info.shape, _certain(shares[alone]), alone)
         order = self._method.order([model.content for model in self._models], values, self._roles)
         ordered = self._method.ordered(values, order)
         return MergeStep(
@@ -241,7 +244,7 @@ class _Steps:
         if not is_merged(full, info):
             self._compare(full, component)
             return None
-        shares: list[Share | None] = [Share((self._models[0].stored(full),))]
+        shares: list[Share | None] = [self._models[0].stored(full)]
         for counterpart in self._counterparts:
             share = counterpart.share(full, component)
             shares.append(share)
@@ -310,10 +313,10 @@ class _Steps:
         if self._differing:
             yield (
                 f"constants, integers and single numbers are copied from {first}; the models differ in "
-                f"{_some(self._differing)}"
+                f"{some(self._differing)}"
             )
         if self._outside:
-            yield f"part of no model, and copied from {first}: {_some(self._outside)}"
+            yield f"part of no model, and copied from {first}: {some(self._outside)}"
         left_out = self._models[0].checkpoint.left_out
         if left_out:
             yield f"not copied from the folder of {first}: {', '.join(left_out)}"
@@ -322,8 +325,3 @@ class _Steps:
 def _certain(share: Share | None) -> Share:
     assert share is not None
     return share
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown

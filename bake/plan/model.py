@@ -28,7 +28,12 @@ class Input:
     modified: int  # nanoseconds
     changed: int  # nanoseconds, of what the system knows of the file
     inode: int
-    role: Literal["base", "adapter", "config", "model", "component"]
+    role: Literal["base", "adapter", "config", "model", "component", "like"]
+
+    @property
+    def has_tensors(self) -> bool:
+        """False for configuration files, which are read while planning alone."""
+        return self.role not in ("config", "like")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,7 @@ class TensorPlan:
     content: str | None = None  # the bytes themselves, as UTF-8 text; the source only says where they belong
     keeps_nonfinite: bool = False  # elements of the source that are NaN or infinite stay as they are
     merge: MergeStep | None = None  # makes the base's values; the source is only the tensor whose place they take
+    pieces: tuple[Stored, ...] = ()  # the source lies in these, one after the other; none: in one piece
 
     @property
     def is_rescaled(self) -> bool:
@@ -155,6 +161,11 @@ class TensorPlan:
         """True if the stored bytes are the result, as far as the source goes."""
         changed = self.is_padded or self.replaced or self.scale is not None or self.is_rescaled or self.is_given
         return not self.terms and self.merge is None and self.dtype == self.source.dtype and not changed
+
+    @property
+    def copied(self) -> tuple[Stored, ...]:
+        """What is copied, one after the other, if it is a copy."""
+        return self.pieces or (self.source,)
 
     @property
     def is_computed(self) -> bool:
@@ -289,8 +300,9 @@ class Plan:
     family: str
     layout: str
     variant: str | None
-    packaging: str
+    packaging: str  # of the output
     base: Path
+    base_packaging: str  # of what is read
     inputs: tuple[Input, ...]
     files: tuple[FilePlan, ...]
     side_files: tuple[SideFile, ...]
@@ -307,6 +319,7 @@ class Plan:
     seed: int = 0  # of stochastic rounding, and of merges by chance
     merge: Merging | None = None  # the base is made of several models
     replaced: tuple[Replacement, ...] = ()
+    like: Path | None = None  # the diffusers folder whose side files are taken; among the inputs by what was read of it
     schema: int = SCHEMA
 
     def tensors(self) -> Iterator[tuple[FilePlan, TensorPlan]]:

@@ -12,6 +12,9 @@ EVERY = "all"  # stands for every component in a mapping of dtypes
 # "fast" is to nearest without recomputing in float64 what float32 cannot decide.
 ROUNDINGS = ("nearest", "stochastic", "fast")
 
+LAYOUTS = ("keep", "original", "diffusers")
+EMA = ("keep", "use")
+
 # What becomes of token embeddings that travel in adapters: files of their own, part of the model, left out.
 EMBEDDING_MODES = ("beside", "add", "drop")
 
@@ -67,6 +70,13 @@ class Recipe:
     adapters: tuple[AdapterChoice, ...] = ()
     also: tuple[Path, ...] = ()  # further files of a split stack
     replaced: Mapping[str, Path] = field(default_factory=dict)  # component -> the checkpoint that it is taken from
+    layout: str = "keep"  # one of LAYOUTS
+    like: Path | None = None  # a diffusers folder whose configuration, tokenizer and scheduler files are taken
+    shard_size: int | None = None  # bytes of a shard, at most; 0: one file; None: as the base is
+    drop: tuple[
+        str, ...
+    ] = ()  # what is left out of the base: components, "te" for every text encoder; ema, training, rest
+    ema: str = "keep"  # one of EMA: averaged weights that the base carries stay beside the others, or take their place
     dtype: str | Mapping[str, str] = "keep"  # "keep" or a key of OUTPUT_DTYPES; or component -> these, see `dtype_for`
     only: tuple[str, ...] = ()  # fuse into these components alone; "te" is every text encoder
     allow_unmatched: bool = False
@@ -82,6 +92,11 @@ class Recipe:
     def dtypes(self) -> Mapping[str, str]:
         """Component, "te" for every text encoder, or EVERY -> its dtype."""
         return {EVERY: self.dtype} if isinstance(self.dtype, str) else self.dtype
+
+    @property
+    def rearranges(self) -> bool:
+        """True if names, files or components are to be others than the base's."""
+        return bool(self.layout != "keep" or self.drop or self.ema != "keep" or self.shard_size is not None)
 
     @property
     def converts(self) -> bool:

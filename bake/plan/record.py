@@ -76,7 +76,7 @@ def recipe_record(plan: Plan, digests: Sequence[Digest], version: str, history: 
     """
     if plan.merge is None:
         count = sum(source.role == "base" for source in plan.inputs)
-        base = _checkpoint(plan, plan.base, plan.packaging, (0, count), digests, history)
+        base = _checkpoint(plan, plan.base, plan.base_packaging, (0, count), digests, history)
     else:
         base = _merge(plan, plan.merge, digests)
     replaced = {
@@ -100,6 +100,7 @@ def recipe_record(plan: Plan, digests: Sequence[Digest], version: str, history: 
             }
             for use in plan.adapters
         ],
+        **({} if plan.like is None else {"like": _like(plan, plan.like, digests)}),
         "settings": plan.settings,
         "components": {name: [part.matched, part.total] for name, part in plan.components.items()},
     }
@@ -140,6 +141,13 @@ def _checkpoint(
     entry: dict[str, Any] = {"name": root.name, "packaging": packaging, "files": files}
     earlier = _parse(history.get(RECIPE_KEY))
     return entry if earlier is None else {**entry, "recipe": earlier}
+
+
+def _like(plan: Plan, like: Path, digests: Sequence[Digest]) -> dict[str, Any]:
+    """The folder whose side files were taken, by what was read of it."""
+    places = [place for place, source in enumerate(plan.inputs) if source.role == "like"]
+    names = {place: plan.inputs[place].path.relative_to(like).as_posix() for place in places}
+    return {"name": like.name, "files": [_described(plan, place, digests, names[place]) for place in places]}
 
 
 def _described(plan: Plan, place: int, digests: Sequence[Digest], name: str) -> dict[str, Any]:

@@ -74,6 +74,11 @@ def recipe_from_record(record: dict[str, Any], folders: Sequence[Path], source: 
             adapters=tuple(_find_adapter(entry, library) for entry in record["adapters"]),
             also=also,
             replaced={str(name): _find_base(entry, library)[0] for name, entry in record.get("replaced", {}).items()},
+            layout=str(settings.get("layout", "keep")),
+            like=_find_folder(record["like"], library) if "like" in record else None,
+            shard_size=None if settings.get("shard_size") is None else int(settings["shard_size"]),
+            drop=tuple(str(name) for name in settings.get("drop", ())),
+            ema=str(settings.get("ema", "keep")),
             dtype=_dtype(settings["dtype"]),
             only=tuple(str(name) for name in settings["only"]),
             allow_unmatched=bool(settings["allow_unmatched"]),
@@ -136,11 +141,16 @@ def _find_base(entry: dict[str, Any], library: _Library) -> tuple[Path, tuple[Pa
                 raise _NotFound(wanted)
             found.append(candidates[0])
         return found[0], tuple(found[1:])
+    return _find_folder(entry, library), ()
+
+
+def _find_folder(entry: dict[str, Any], library: _Library) -> Path:
+    files = entry["files"]
     for first in library.find(files[0]):
         depth = _name(files[0]).count("/")
         root = first.parents[depth]
         if all(library.has(root / _name(wanted), wanted) for wanted in files[1:]):
-            return root, ()
+            return root
     raise _NotFound({"name": entry["name"], "sha256": files[0]["sha256"]})
 
 

@@ -42,16 +42,18 @@ def check_structure(file: FilePlan, output: TensorFile, report: Report) -> bool:
 
 def check_untouched(tensor: TensorPlan, output: TensorFile, files: FileSet, full: bool, report: Report) -> None:
     """Compare an untouched tensor with the base: all its bytes, or the first block and one chosen by its name."""
-    size = tensor.source.span[1] - tensor.source.span[0]
     begin = output.tensors[tensor.name].begin
     report.untouched_tensors += 1
-    with files.using(tensor.source.input) as base:
-        for offset, count in _everything(size) if full else _samples(tensor.name, size):
-            report.untouched_bytes += count
-            if _read(base, tensor.source.span[0] + offset, count) != _read(output, begin + offset, count):
-                report.untouched_identical = False
-                report.add(f"{output.path}: {tensor.name} should equal the base, but its bytes differ")
-                return
+    for stored in tensor.copied:
+        size = stored.span[1] - stored.span[0]
+        with files.using(stored.input) as base:
+            for offset, count in _everything(size) if full else _samples(tensor.name, size):
+                report.untouched_bytes += count
+                if _read(base, stored.span[0] + offset, count) != _read(output, begin + offset, count):
+                    report.untouched_identical = False
+                    report.add(f"{output.path}: {tensor.name} should equal the base, but its bytes differ")
+                    return
+        begin += size
 
 
 def check_content(tensor: TensorPlan, output: TensorFile, report: Report) -> None:

@@ -89,7 +89,7 @@ class MergeRun:
         self._jobs = list(itertools.chain.from_iterable(self._split(*each) for each in self._merges))
         workers, self._elements = self._shares_of_memory()
         self._workers = workers
-        self._inputs = range(len(task.plan.inputs))
+        self._inputs = [place for place, each in enumerate(task.plan.inputs) if each.has_tensors]
         if len(self._inputs) <= MANY_FILES:
             for place in self._inputs:
                 with task.files.using(place):

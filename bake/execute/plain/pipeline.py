@@ -86,7 +86,7 @@ class PlainRun:
         memory = task.options.memory // _BYTES_PER_ELEMENT  # elements
         workers = max(1, min(wanted, len(self._parts), memory // _SMALLEST_BLOCK))
         self._elements = max(_SMALLEST_BLOCK, min(_BLOCK_ELEMENTS, memory // workers))
-        self._inputs = [place for place, source in enumerate(task.plan.inputs) if source.role != "config"]
+        self._inputs = [place for place, source in enumerate(task.plan.inputs) if source.has_tensors]
         if len(self._inputs) <= MANY_FILES:
             for place in self._inputs:
                 with task.files.using(place):
