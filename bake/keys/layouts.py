@@ -68,10 +68,9 @@ SLOTS: dict[str, tuple[Slot, ...]] = {
     ),
     "flux": (_TRANSFORMER, _CLIP_L, Slot("te3", "text_encoder_2", _T5, is_t5=True), _VAE),
     "chroma": (_TRANSFORMER, Slot("te3", "text_encoder", _T5, is_t5=True), _VAE),
-    **{
-        family: (_TRANSFORMER, _VAE)
-        for family in (*("flux2", "auraflow", "pixart", "lumina2", "z-image", "wan", "qwen-image", "ltxv"),)
-    },
+    **dict.fromkeys(
+        ("flux2", "auraflow", "pixart", "lumina2", "z-image", "wan", "qwen-image", "ltxv"), (_TRANSFORMER, _VAE)
+    ),
 }
 # Of these families only these variants: bake has no name list of the others to be held against.
 VARIANTS: dict[str, tuple[str | None, ...]] = {"wan": (None, "image-to-video"), "pixart": (None,)}
