@@ -125,6 +125,8 @@ def inputs_of(recipe: Recipe) -> Iterator[Path]:
         yield recipe.base
     yield from recipe.also
     yield from recipe.replaced.values()
+    if recipe.like is not None:
+        yield recipe.like
     yield from (choice.path for choice in recipe.adapters)
 
 
@@ -157,9 +159,10 @@ def plan_bakes(bakes: Sequence[Bake], options: Mapping[str, Any], keep_going: bo
 
 def _check_output(bake: Bake, plan: Plan, output: Path, options: Mapping[str, Any], free: dict[int, int]) -> None:
     """Raise the OutputRefused that writing this output would meet, after those before it."""
-    overwrite = bool(_options(bake, options).get("overwrite"))
+    chosen = _options(bake, options)
+    flags = {name: bool(chosen.get(name)) for name in ("overwrite", "keep_undo")}
     try:
-        place = check_output_path(plan, output, overwrite=overwrite)
+        place = check_output_path(plan, output, **flags)
         with inputs_only():
             device = place.parent.stat().st_dev
             left = free.setdefault(device, shutil.disk_usage(place.parent).free)

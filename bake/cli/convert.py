@@ -74,6 +74,7 @@ _RUN = ("device", "memory", "threads", "verify", "resume")
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     source: Path,
     output: Path,
     metadata: Sequence[tuple[str, str]],
@@ -117,7 +118,7 @@ def _convert_adapter(source: Path, output: Path, out: Output, how: dict[str, Any
     chosen = {name: how[name] for name in converting.OF_ADAPTERS}
     with out.progress() as progress:
         result = adapter_api.convert(
-            *(source, output), dtype=dtype.get(EVERY, "keep"), progress=progress, **common, **chosen
+            source, output, dtype=dtype.get(EVERY, "keep"), progress=progress, **common, **chosen
         )
     show_adapter(out, result)
 

@@ -29,6 +29,11 @@ def check_undo_place(plan: Plan, output: Path, sizes: Mapping[str, int], overwri
 
     sizes: bytes of the output's weight files, by relative path.
     """
+    if plan.settings["layout"] != "keep" or plan.settings["shard_size"] is not None:
+        raise Unsupported(
+            "--keep-undo compares the output with the base file by file, and --layout and --shard-size give it other "
+            "files: keep the base, or leave them out."
+        )
     for source in _sources(plan):
         if source.is_weights and not isinstance(open_tensors(source.path), SafetensorsFile):
             raise Unsupported(

@@ -58,7 +58,7 @@ class SafetensorsFile:
     """A .safetensors file: the header is checked on opening, data is read by position, nothing is mapped."""
 
     is_list = False
-    left_out = ()
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path

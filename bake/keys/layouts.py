@@ -69,7 +69,7 @@ SLOTS: dict[str, tuple[Slot, ...]] = {
     "flux": (_TRANSFORMER, _CLIP_L, Slot("te3", "text_encoder_2", _T5, is_t5=True), _VAE),
     "chroma": (_TRANSFORMER, Slot("te3", "text_encoder", _T5, is_t5=True), _VAE),
     **dict.fromkeys(
-        (*("flux2", "auraflow", "pixart", "lumina2", "z-image", "wan", "qwen-image", "ltxv"),), (_TRANSFORMER, _VAE)
+        ("flux2", "auraflow", "pixart", "lumina2", "z-image", "wan", "qwen-image", "ltxv"), (_TRANSFORMER, _VAE)
     ),
 }
 # Of these families only these variants: bake has no name list of the others to be held against.

@@ -29,7 +29,7 @@ class ComposedFile:
     """Tensors of input files, or rows of them, under names of their own and laid end to end."""
 
     is_list = False
-    left_out = ()
+    left_out: tuple[str, ...] = ()
 
     def __init__(
         self, path: Path, parts: Mapping[str, Part], metadata: Mapping[str, str], inputs: Mapping[int, TensorFile]

@@ -120,8 +120,8 @@ def slots_of(base: Arranged) -> tuple[Slot, ...]:
     family, variant = base.identity.family, base.identity.variant
     if family not in SLOTS or variant not in VARIANTS.get(family, (variant,)):
         raise Unsupported(
-            f"{base.base.name}: {title(family)}{f' {variant}' if variant else ''} is not a family of which bake knows the names in both layouts; it "
-            f"knows {', '.join(title(each) for each in SLOTS)}.",
+            f"{base.base.name}: {title(family)}{f' {variant}' if variant else ''} is not a family of which bake knows "
+            f"the names in both layouts; it knows {', '.join(title(each) for each in SLOTS)}.",
             family=family,
         )
     return SLOTS[family]

@@ -73,9 +73,8 @@ class Recipe:
     layout: str = "keep"  # one of LAYOUTS
     like: Path | None = None  # a diffusers folder whose configuration, tokenizer and scheduler files are taken
     shard_size: int | None = None  # bytes of a shard, at most; 0: one file; None: as the base is
-    drop: tuple[
-        str, ...
-    ] = ()  # what is left out of the base: components, "te" for every text encoder; ema, training, rest
+    # What is left out of the base: components, "te" for every text encoder; ema, training, rest.
+    drop: tuple[str, ...] = ()
     ema: str = "keep"  # one of EMA: averaged weights that the base carries stay beside the others, or take their place
     dtype: str | Mapping[str, str] = "keep"  # "keep" or a key of OUTPUT_DTYPES; or component -> these, see `dtype_for`
     only: tuple[str, ...] = ()  # fuse into these components alone; "te" is every text encoder

@@ -13,7 +13,7 @@ from typing import Any
 from bake.dtypes import OUTPUT_DTYPES
 from bake.keys.blocks import SCHEMES
 from bake.merges import METHODS, Method, Parameter
-from bake.plan.recipe import EMBEDDING_MODES, EVERY, ROUNDINGS, AdapterChoice, MergeChoice
+from bake.plan.recipe import EMA, EMBEDDING_MODES, EVERY, LAYOUTS, ROUNDINGS, AdapterChoice, MergeChoice
 from bake.plan.selection import Gradient, NameRule, Selection, Setting
 from bake.plan.words import SELECTION_KEYS, parse_adapter
 from bake.recipes.document import Mark, Node
@@ -251,9 +251,15 @@ SETTINGS = {
     "embeddings": "embeddings",
     "metadata": "metadata",
     "record": "record",
+    "layout": "layout",
+    "like": "like",
+    "shard_size": "shard_size",
+    "drop": "drop",
+    "ema": "ema",
+    "strict": "strict",
 }
 # How a bake is run; the command line has the last word.
-RUN_KEYS = ("device", "memory", "threads", "verify", "overwrite")
+RUN_KEYS = ("device", "memory", "threads", "verify", "overwrite", "keep_undo")
 
 _BAKE = (
     Field("name", Text(), "what the bake is called, for --select; default: the name of its output"),
@@ -266,17 +272,24 @@ _BAKE = (
     Field("lora_dir", File(), "the folder in which the prompt's LoRAs are found"),
     Field("vae", File(), "a file whose VAE takes the place of the base's"),
     Field("replace", MapOf(File()), "components that are taken from other files: te1, vae, ..."),
+    Field("layout", Word(LAYOUTS), "original: one file; diffusers: a folder, for which like names the configuration"),
+    Field("like", File(), "a diffusers folder whose configuration, tokenizer and scheduler files are taken"),
+    Field("shard_size", Size(none=True), "divide the weights into shards of at most this size; none: one file"),
+    Field("drop", _COMPONENTS, "leave out components, ema, training or rest (docs/convert.md)"),
+    Field("ema", Word(EMA), "use: averaged weights take the place of the others"),
     Field("only", _COMPONENTS, "fuse into these components alone"),
     Field("dtype", Either(_DTYPE, mapping=MapOf(_DTYPE)), f"stored dtype, or one by component ({EVERY}: the rest)"),
     Field("rounding", Word(ROUNDINGS), "how results are rounded"),
     Field("seed", Number(whole=True), "of stochastic rounding, and of merges by chance"),
     Field("embeddings", Word(EMBEDDING_MODES), "what becomes of token embeddings that travel in adapters"),
     Field("allow_unmatched", Switch(), "fuse what matches even if some modules have no place"),
+    Field("strict", Switch(), "refuse adapters that the record of the base says are in it already"),
     Field("allow_nonfinite_base", Switch(), "elements of the base that are not finite stay as they are"),
     Field("metadata", MapOf(Text()), "added to the metadata of the output"),
     Field("record", Switch(), "write names, weights and digests of the inputs into the output; default true"),
     Field("output", File(), "where to write: a .safetensors file, or a folder if the base is one"),
     Field("overwrite", Switch(), "replace an existing output"),
+    Field("keep_undo", Switch(), "write an undo file beside the output, for bake undo"),
     Field("device", Text("a device"), "where to compute: auto, cpu, cuda, cuda:N or mps"),
     Field("memory", Size(), "memory for buffers, such as 512MiB"),
     Field("threads", Number(low=1, high=256, whole=True), "threads that compute"),

@@ -144,16 +144,22 @@ class Number:
 class Size:
     """A number of bytes, like 512MiB or 4G."""
 
+    none: bool = False  # the word none is allowed, for 0
+
     def read(self, node: Node) -> int:
+        text = Text(f"a size such as 512MiB or 4G{', or none' if self.none else ''}").read(node)
+        if self.none and text == "none":
+            return 0
         try:
-            return parse_size(Text("a size such as 512MiB or 4G").read(node))
+            return parse_size(text)
         except ValueError as error:
             node.mark.refuse(str(error))
 
     def schema(self) -> Schema:
+        size = r"\s*\d+(\.\d+)?\s*[kKmMgGtT]?([iI]?[bB])?\s*"
         return {
             "type": ["string", "number"],
-            "pattern": r"^\s*\d+(\.\d+)?\s*[kKmMgGtT]?([iI]?[bB])?\s*$",
+            "pattern": f"^(none|{size})$" if self.none else f"^{size}$",
             "minimum": 0,
         }
 

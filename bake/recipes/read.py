@@ -129,8 +129,8 @@ class _Reader:
             self._nodes[0].mark.refuse("a bake needs a base, or a merge of several")
         settings = {field: given[key] for key, field in SETTINGS.items() if key in given}
         recipe = Recipe(base=base, adapters=self._adapters(), replaced=self._replaced(), **settings)
-        if isinstance(base, Path) and not (recipe.adapters or recipe.replaced or recipe.converts):
-            self._nodes[0].mark.refuse("nothing to do: name loras, a merge, a replacement or a dtype")
+        if isinstance(base, Path) and not (recipe.adapters or recipe.replaced or recipe.converts or recipe.rearranges):
+            self._nodes[0].mark.refuse("nothing to do: name loras, a merge, a replacement, a dtype or a layout")
         output: Path | None = given.get("output")
         name = given.get("name") or (output.stem if output is not None else self._nodes[0].mark.file.stem)
         run = {key: given[key] for key in RUN_KEYS if key in given}
