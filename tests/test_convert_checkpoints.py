@@ -385,7 +385,7 @@ def test_fusing_into_another_layout_is_fusing_after_the_conversion(tmp_path: Pat
     for place, module in enumerate(("layers_3_self_attn_q_proj", "layers_3_self_attn_v_proj")):
         name = f"lora_te2_text_model_encoder_{module}"
         lora[f"{name}.lora_up.weight"] = random(place, 8, 2).astype(np.float16)
-        lora[f"{name}.lora_down.weight"] = random(place + 9, 2, width).astype(np.float16)
+        lora[f"{name}.lora_down.weight"] = random(place + 9, 2, 8).astype(np.float16)
     style = save(tmp_path / "style.safetensors", lora)
     one, two, three = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "three"))
     for words in (
