@@ -12,7 +12,7 @@ import pytest
 from folders import save_folder
 from models import kohya_lora, llama, peft_lora, random_arrays, save_base
 from names import small
-from support import Arrays, bake, load, raw, rounded, save, ulps
+from support import Arrays, bake, load, random, raw, rounded, save, ulps
 from test_merging import tuned
 
 from bake import check_output, convert, run_plan
@@ -374,5 +374,56 @@ def test_a_merge_takes_an_adapter_from_a_peft_folder(tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
     run_plan(plan_recipe(Recipe(merged, (AdapterChoice(tmp_path / "lora"),))), out, verify="full")
     up, down = (lora[f"base_model.model.{tensor.removesuffix('.weight')}.lora_{end}.weight"] for end in "BA")
-    exact = (load(a)[tensor] + load(b)[tensor]) / 2 + up.astype(np.float64) @ down
+    halves = (load(a)[tensor] + load(b)[tensor]) / 2
+    exact = halves + up.astype(np.float64) @ down
     np.testing.assert_array_equal(load(out)[tensor], rounded(exact, np.float16))
+
+
+def test_fusing_into_another_layout_is_fusing_after_the_conversion(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "folder", random_arrays(small("sdxl")))
+    lora = {}
+    for place, module in enumerate(("layers_3_self_attn_q_proj", "layers_3_self_attn_v_proj")):
+        name = f"lora_te2_text_model_encoder_{module}"
+        lora[f"{name}.lora_up.weight"] = random(place, 8, 2).astype(np.float16)
+        lora[f"{name}.lora_down.weight"] = random(place + 9, 2, 8).astype(np.float16)
+    style = save(tmp_path / "style.safetensors", lora)
+    one, two, three = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "three"))
+    for words in (
+        ("fuse", folder, "-l", style, "-o", one, "--layout", "original", "--verify", "full"),
+        ("convert", folder, "-o", two, "--layout", "original"),
+        ("fuse", two, "-l", style, "-o", three),
+    ):
+        done = bake(*words)
+        assert done.code == 0, done.err
+    assert raw(one) == raw(three)
+    assert raw(one) != raw(two)
+
+
+def test_a_stack_of_files_becomes_one(tmp_path: Path) -> None:
+    arrays = random_arrays(small("sdxl"))
+    prefixes = {"unet": UNET, "vae": VAE, "g": "conditioner.embedders.1.model."}
+    files = {
+        key: save(tmp_path / f"{key}.safetensors", {n.removeprefix(p): a for n, a in arrays.items() if n.startswith(p)})
+        for key, p in prefixes.items()
+    }
+    out = tmp_path / "out.safetensors"
+    also = ("--also", files["vae"], "--also", files["g"])
+    done = bake("convert", files["unet"], *also, "-o", out, "--layout", "original", "--verify", "full")
+    assert done.code == 0, done.err
+    whole = raw(save(tmp_path / "whole.safetensors", arrays))
+    assert raw(out) == {name: whole[name] for name in whole if name.startswith(tuple(prefixes.values()))}
+
+
+def test_side_files_of_a_stranger_do_not_lead_out_of_their_folder(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "a.safetensors")
+    like = like_folder(tmp_path / "like", "sd1")
+    (tmp_path / "secret.txt").write_text("secret")
+    (like / "readme.txt").symlink_to(tmp_path / "secret.txt")
+    done = bake("convert", base, "-o", tmp_path / "o", "--layout", "diffusers", "--like", like)
+    assert done.code == 3
+    assert "a link out of its folder" in done.err
+    (like / "readme.txt").unlink()
+    (like / "model_index.json").write_text("[")
+    done = bake("convert", base, "-o", tmp_path / "o", "--layout", "diffusers", "--like", like)
+    assert done.code == 3
+    assert not (tmp_path / "o").exists()

@@ -86,7 +86,7 @@ def command(
     verbose: bool,
     **how: Any,
 ) -> None:
-    """Write IN in another way: a checkpoint or an adapter, whichever it is.
+    """Write IN, a checkpoint or an adapter, in another way.
 
     A checkpoint gets another layout, dtype or number of files, loses what it does not need or takes components from
     other files; PyTorch's files become safetensors. An adapter gets the names of another dialect; its factors keep
