@@ -154,6 +154,30 @@ def test_bytes_do_not_depend_on_memory_threads_or_the_process(
     assert {sha(tmp_path / "again.safetensors")} == shas
 
 
+@pytest.mark.parametrize("name", ["weighted_sum", "slerp", "crossover"])
+def test_large_tensors_are_made_in_parts_with_the_same_bytes(
+    language, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shas = set()
+    for number, elements in enumerate((1 << 24, 24)):
+        monkeypatch.setattr("bake.execute.merging.pipeline._PART_ELEMENTS", elements)
+        monkeypatch.setattr("bake.execute.merging.pipeline._SMALLEST_CHUNK", elements)
+        out = tmp_path / f"{number}.safetensors"
+        merge(name, language[:2], out, dtype="fp32", parameters={"alpha": 0.3}, threads=2, memory=1 << 20)
+        shas.add(sha(out))
+    assert len(shas) == 1
+
+
+def test_elements_beyond_fp8_are_counted_over_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bake.execute.merging.pipeline._PART_ELEMENTS", 64)
+    monkeypatch.setattr("bake.execute.merging.pipeline._CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr("bake.execute.merging.pipeline._SMALLEST_CHUNK", 16)
+    arrays = random_arrays(llama()) | {LAYER: np.full((20, 8), 1000, np.float16)}
+    models = [save(tmp_path / f"{n}.safetensors", arrays) for n in range(2)]
+    result = merge("weighted_sum", models, tmp_path / "out.safetensors", dtype="fp8_e4m3fn", threads=2)
+    assert result.clamped == {"model": {LAYER: 160}}
+
+
 def test_chance_goes_by_the_seed(language, tmp_path: Path) -> None:
     shas = []
     for number, seed in enumerate((0, 0, 1)):
