@@ -18,7 +18,7 @@ from names import small
 from support import Arrays, bake, load, metadata, random, raw, rounded, save, ulps
 
 from bake import Selection, build_merge_plan, check_output, merge
-from bake.errors import VerificationFailed
+from bake.errors import NonFinite, VerificationFailed
 from bake.plan.model import Plan
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -337,6 +337,37 @@ def test_inpainting_models_keep_their_further_channels(tmp_path: Path) -> None:
     exact = arrays[0].copy()
     exact[:, :4] += 0.7 * (arrays[1] - arrays[2])
     np.testing.assert_array_equal(load(tmp_path / "out.safetensors")[first], rounded(exact, np.float16))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_further_channels_stay_whichever_model_comes_first_by_content(tmp_path: Path, seed: int) -> None:
+    shapes = small("sd1")
+    first = UNET + "input_blocks.0.0.weight"
+    a = save(tmp_path / "a.safetensors", random_arrays({**shapes, first: (shapes[first][0], 9, 3, 3)}))
+    b = save(tmp_path / "b.safetensors", tuned(random_arrays(shapes), 1000 * seed))
+    merge("linear", [a, b], tmp_path / "out.safetensors", only=["unet"])
+    one, two = load(a)[first], load(b)[first]
+    exact = one.copy()
+    exact[:, :4] = (one[:, :4] + two) / 2
+    np.testing.assert_array_equal(load(tmp_path / "out.safetensors")[first], rounded(exact, np.float16))
+
+
+def test_what_is_stored_the_other_way_round_is_read_in_chunks_and_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {name: shape for name, shape in small("sdxl").items() if not name.endswith("position_ids")}
+    name = "conditioner.embedders.1.model.text_projection"
+    one, two = (tuned(random_arrays(shapes), seed) for seed in (0, 5000))
+    a, folder = save(tmp_path / "a.safetensors", one), save_folder(tmp_path / "folder", two)
+    monkeypatch.setattr("bake.execute.merging.pipeline._CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr("bake.execute.merging.pipeline._SMALLEST_CHUNK", 16)
+    merge("weighted_sum", [a, folder], tmp_path / "out.safetensors", parameters={"alpha": 0.5}, only=["te2"])
+    exact = (one[name].astype(np.float64) + two[name]) / 2
+    np.testing.assert_array_equal(load(tmp_path / "out.safetensors")[name], rounded(exact, np.float16))
+    two[name][-1, -1] = np.nan
+    broken = save_folder(tmp_path / "broken", two)
+    with pytest.raises(NonFinite, match="broken holds NaN"):
+        merge("weighted_sum", [a, broken], tmp_path / "none.safetensors", only=["te2"])
 
 
 def test_the_recipe_replays(sd1, tmp_path: Path) -> None:
