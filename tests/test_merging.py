@@ -18,7 +18,7 @@ from names import small
 from support import Arrays, bake, load, metadata, random, raw, rounded, save, ulps
 
 from bake import Selection, build_merge_plan, check_output, merge
-from bake.errors import VerificationFailed
+from bake.errors import NonFinite, VerificationFailed
 from bake.plan.model import Plan
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -152,6 +152,30 @@ def test_bytes_do_not_depend_on_memory_threads_or_the_process(
     done = bake("merge", name, *language[1:3], *base, *words, "-o", tmp_path / "again.safetensors", "--json")
     assert done.code == 0, done.err
     assert {sha(tmp_path / "again.safetensors")} == shas
+
+
+@pytest.mark.parametrize("name", ["weighted_sum", "slerp", "crossover"])
+def test_large_tensors_are_made_in_parts_with_the_same_bytes(
+    sd1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shas = set()
+    for number, elements in enumerate((1 << 24, 100)):
+        for limit in ("_PART_ELEMENTS", "_CHUNK_ELEMENTS", "_SMALLEST_CHUNK"):
+            monkeypatch.setattr(f"bake.execute.merging.pipeline.{limit}", elements)
+        out = tmp_path / f"{number}.safetensors"
+        merge(name, sd1, out, dtype="fp32", parameters={"alpha": 0.3}, threads=2, only=["unet"], memory=1 << 30)
+        shas.add(sha(out))
+    assert len(shas) == 1
+
+
+def test_elements_beyond_fp8_are_counted_over_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bake.execute.merging.pipeline._PART_ELEMENTS", 64)
+    monkeypatch.setattr("bake.execute.merging.pipeline._CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr("bake.execute.merging.pipeline._SMALLEST_CHUNK", 16)
+    arrays = random_arrays(llama()) | {LAYER: np.full((20, 8), 1000, np.float16)}
+    models = [save(tmp_path / f"{n}.safetensors", arrays) for n in range(2)]
+    result = merge("weighted_sum", models, tmp_path / "out.safetensors", dtype="fp8_e4m3fn", threads=2)
+    assert result.clamped == {"model": {LAYER: 160}}
 
 
 def test_chance_goes_by_the_seed(language, tmp_path: Path) -> None:
@@ -313,6 +337,37 @@ def test_inpainting_models_keep_their_further_channels(tmp_path: Path) -> None:
     exact = arrays[0].copy()
     exact[:, :4] += 0.7 * (arrays[1] - arrays[2])
     np.testing.assert_array_equal(load(tmp_path / "out.safetensors")[first], rounded(exact, np.float16))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_further_channels_stay_whichever_model_comes_first_by_content(tmp_path: Path, seed: int) -> None:
+    shapes = small("sd1")
+    first = UNET + "input_blocks.0.0.weight"
+    a = save(tmp_path / "a.safetensors", random_arrays({**shapes, first: (shapes[first][0], 9, 3, 3)}))
+    b = save(tmp_path / "b.safetensors", tuned(random_arrays(shapes), 1000 * seed))
+    merge("linear", [a, b], tmp_path / "out.safetensors", only=["unet"])
+    one, two = load(a)[first], load(b)[first]
+    exact = one.copy()
+    exact[:, :4] = (one[:, :4] + two) / 2
+    np.testing.assert_array_equal(load(tmp_path / "out.safetensors")[first], rounded(exact, np.float16))
+
+
+def test_what_is_stored_the_other_way_round_is_read_in_chunks_and_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {name: shape for name, shape in small("sdxl").items() if not name.endswith("position_ids")}
+    name = "conditioner.embedders.1.model.text_projection"
+    one, two = (tuned(random_arrays(shapes), seed) for seed in (0, 5000))
+    a, folder = save(tmp_path / "a.safetensors", one), save_folder(tmp_path / "folder", two)
+    monkeypatch.setattr("bake.execute.merging.pipeline._CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr("bake.execute.merging.pipeline._SMALLEST_CHUNK", 16)
+    merge("weighted_sum", [a, folder], tmp_path / "out.safetensors", parameters={"alpha": 0.5}, only=["te2"])
+    exact = (one[name].astype(np.float64) + two[name]) / 2
+    np.testing.assert_array_equal(load(tmp_path / "out.safetensors")[name], rounded(exact, np.float16))
+    two[name][-1, -1] = np.nan
+    broken = save_folder(tmp_path / "broken", two)
+    with pytest.raises(NonFinite, match="broken holds NaN"):
+        merge("weighted_sum", [a, broken], tmp_path / "none.safetensors", only=["te2"])
 
 
 def test_the_recipe_replays(sd1, tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_blocks_are_in_the_order_of_the_data() -> None:
         *("BASE", "TIME", "IN02", "IN10", "M00", "OUT01", "OUT10", "OUT", "VAE")
     ]
     assert order_of(LISTS["flux"][61]) == list(LISTS["flux"][61])
+    assert order_of(["OUT", "IN00", "OUT00", "IN"]) == ["IN", "IN00", "OUT00", "OUT"]
 
 
 def test_depth_goes_from_the_first_block_to_the_last() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -152,6 +153,25 @@ def test_components_have_numbers_of_their_own() -> None:
 def test_elemental_rules(rules: str, attention: float, resnet: float, text: float) -> None:
     found = ratios(Selection.parse(rules=rules))
     assert (found.ratio(ATTENTION), found.ratio(RESNET), found.ratio(TEXT)) == (attention, resnet, text)
+
+
+@pytest.mark.parametrize(
+    ("rules", "attention", "projection"),
+    [("ATTNDEEPON", 1, 0.5), ("ATTNDEEPOFF", 0, 0.5), ("PROJDEEPOFF", 0.5, 0)],
+)
+def test_rules_of_web_uis_by_name(rules: str, attention: float, projection: float) -> None:
+    found = ratios(dataclasses.replace(Selection.parse(rules=rules), number=0.5))
+    deep = ATTENTION.replace("input_blocks.4.", "input_blocks.5.")
+    block = "model.diffusion_model.input_blocks.5.1"
+    assert deep.startswith(block)
+    assert (found.ratio(deep), found.ratio(f"{block}.proj_in.weight")) == (attention, projection)
+    assert (found.ratio(ATTENTION), found.ratio(RESNET)) == (0.5, 0.5)
+
+
+def test_a_rule_for_a_block_is_for_what_is_counted_to_it() -> None:
+    found = ratios(Selection.parse(rules="IN00::0.5"))
+    assert found.ratio("model.diffusion_model.time_embed.0.weight") == 0.5
+    assert found.ratio("model.diffusion_model.out.2.weight") == 1
 
 
 def test_rules_mean_the_same_in_a_diffusers_unet() -> None:

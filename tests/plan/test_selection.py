@@ -61,6 +61,20 @@ def test_a_computed_preset_has_the_published_values(name: str) -> None:
     np.testing.assert_allclose([values[place] for place in (1, 2, 9, 13, 14, 25)], PUBLISHED[name], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "ones"), [("WRAP08", 8), ("WRAP12", 12), ("WRAP14", 14), ("WRAP16", 16)])
+def test_a_wrap_has_as_many_ones_as_it_says_half_of_them_at_each_end(name: str, ones: int) -> None:
+    half = (1.0,) * (ones // 2)
+    assert PRESETS[name][1:] == (*half, *(0.0,) * (25 - ones), *half)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("RING")])
+def test_a_ring_reads_the_same_backwards(name: str) -> None:
+    blocks = PRESETS[name][1:]
+    assert blocks == blocks[::-1]
+    assert blocks.count(1.0) == {"RING08_SOFT": 6, "RING08_5": 8}.get(name, 10)
+    assert blocks[12] == 0
+
+
 @pytest.mark.parametrize("name", FOR_LORAS)
 def test_a_preset_for_loras_has_the_extensions_values(name: str) -> None:
     assert Selection.parse(name).values == tuple(map(float, FOR_LORAS[name].split(",")))

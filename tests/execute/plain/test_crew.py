@@ -139,9 +139,10 @@ class Going(Counted):
 
 crew._close_all_but = lambda *kept: None
 parent, pipes, go = os.getpid(), [os.pipe(), os.pipe()], os.pipe()
-print(json.dumps(start(2, 2, meet, progress=Going()).join()))
+running = start(2, 2, meet, progress=Going())
+print(json.dumps([running.join(), list(running._done)]))
 """
-    assert answer(program) == [["here", True, "go"]] * 2
+    assert answer(program) == [[["here", True, "go"]] * 2, [10, 10]]  # each counts in a place of its own
 
 
 @linux
