@@ -191,6 +191,7 @@ def _merge(merge: Merging) -> dict[str, Any]:
         "method": merge.method,
         "models": [{"name": model.path.name, "role": model.role, "layout": model.layout} for model in merge.models],
         "parameters": merge.parameters,
+        "layers": list(merge.layers),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bake.api import PathLike, Result, Verification, plan_recipe, run_plan
 from bake.execute.task import DEFAULT_MEMORY
 from bake.plan.model import Plan
-from bake.plan.recipe import MergeChoice, Recipe
+from bake.plan.recipe import Layers, MergeChoice, Recipe
 from bake.plan.selection import Setting
 from bake.progress import Progress
 
@@ -29,6 +29,7 @@ def build_merge_plan(
     dtype: str | Mapping[str, str] = "keep",
     only: Iterable[str] = (),
     allow_missing: bool = False,
+    layers: Iterable[str | Layers] = (),
     metadata: Mapping[str, str] | None = None,
     record: bool = True,
     rounding: str = "nearest",
@@ -41,7 +42,8 @@ def build_merge_plan(
     name -> number, switch or word, a Selection of numbers for parts of the model, or a list with one for each model.
     replaced, layout, like, shard_size, drop, ema, dtype, only, metadata, record: as for `build_plan`; without `dtype`
     every tensor keeps that of the first model. allow_missing: tensors that another model lacks stay as the first one
-    has them, and what only others have is left out, instead of being refused. rounding: "nearest" or "stochastic".
+    has them, and what only others have is left out, instead of being refused. layers: of passthrough,
+    "MODEL=FIRST:END" for each run of layers that are put one above the other. rounding: "nearest" or "stochastic".
     seed: of stochastic rounding and of methods that draw by chance.
     Raises every BakeError that the run could raise before it computes; see `bake.errors`.
     """
@@ -52,6 +54,7 @@ def build_merge_plan(
         parameters=dict(parameters or {}),
         only=tuple(only),
         allow_missing=allow_missing,
+        layers=tuple(each if isinstance(each, Layers) else Layers.parse(each) for each in layers),
     )
     return plan_recipe(
         Recipe(

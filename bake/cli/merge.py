@@ -43,6 +43,13 @@ _merge_options = stack(
         help="The model that the others were trained from, for methods that have a base.",
     ),
     click.option(
+        "--layers",
+        multiple=True,
+        metavar="MODEL=FIRST:END",
+        help="Of passthrough and language models: put these layers, END not among them, of a model above those named "
+        "before; models and layers are counted from 1 and 0. Repeatable.",
+    ),
+    click.option(
         "--only",
         multiple=True,
         metavar="COMPONENT",
@@ -96,6 +103,7 @@ def command(
     models: Sequence[Path],
     settings: Sequence[tuple[str, int | None, Typed]],
     base: Path | None,
+    layers: Sequence[str],
     only: Sequence[str],
     allow_missing: bool,
     vae: Path | None,
@@ -153,6 +161,7 @@ def command(
         "drop": drop,
         "ema": ema,
         "dtype": chosen_dtypes(dtypes),
+        "layers": layers,
         "only": only,
         "allow_missing": allow_missing,
         "metadata": dict(metadata),

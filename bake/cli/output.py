@@ -202,6 +202,8 @@ class Output:
         self.line("family", family)
         for model in merge.models:
             self.line(model.role, f"{model.path.name}, {model.layout} layout")
+        if merge.layers:
+            self.line("layers", ", ".join(merge.layers))
         for name, setting in merge.parameters.items():
             self.line(name, _setting(setting))
 

@@ -26,6 +26,7 @@ from bake.plan.recipe import MergeChoice
 from bake.plan.record import history_of
 from bake.plan.refuse import check_only, refuse_quantised
 from bake.plan.selection import Setting
+from bake.plan.stacking import stack_layers
 from bake.plan.vocabulary import check_vocabularies
 
 _LISTED = 4  # tensors spelled out in a message
@@ -45,15 +46,20 @@ def merge_models(
     method = _method(choice)
     roles = _roles(method, choice)
     models, parameters = _opened(choice, method, roles, opened)
-    base = shaped(arranged(models[0].checkpoint))
+    base = arranged(models[0].checkpoint)
+    if choice.layers:
+        base = stack_layers(base, models, choice.layers)
+    base = shaped(base)
     first = Opened(models[0].name, base.checkpoint, base.identity, 0, models[0].content)
     check_only(choice.only, first.identity, "the first model")
     for other in models[1:]:
         check_alike(first, other)
         check_vocabularies(models[0], other)
     names = [full for full, _, _ in first.checkpoint.tensors()]
-    values = Parameters(method, roles, parameters, first.identity, names)
-    steps = _Steps(choice, replaced, method, roles, [first, *models[1:]], values)
+    # Layers of several models are one model by now.
+    merged, their_roles = ([first], roles[:1]) if choice.layers else ([first, *models[1:]], roles)
+    values = Parameters(method, their_roles, parameters, first.identity, names)
+    steps = _Steps(choice, replaced, method, their_roles, merged, values)
     origins = steps.origins()
     steps.check()
     others = [part.file for model in models[1:] for part in model.checkpoint.files]
@@ -69,6 +75,7 @@ def merge_models(
             {name: setting_to_json(setting) for name, setting in sorted(parameters.items())},
             choice.only,
             choice.allow_missing,
+            tuple(map(str, choice.layers)),
         ),
         merged=steps.coverage(),
         notes=(*base.notes, *steps.notes()),
@@ -88,6 +95,10 @@ def _method(choice: MergeChoice) -> Method:
 
 def _roles(method: Method, choice: MergeChoice) -> tuple[str, ...]:
     """The role of each model, the base's first if there is one. Raises UsageError for too many or few models."""
+    if choice.layers:
+        if method.name != "passthrough":
+            raise UsageError(f"--layers is for passthrough: {method.name} merges whole models")
+        return (method.roles[0].name,) * len(choice.models)
     base = next((role for role in method.roles if role.name == "base"), None)
     if choice.base is not None and base is None:
         raise UsageError(f"{method.name} has no base: it takes {method.models}")

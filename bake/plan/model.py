@@ -253,6 +253,7 @@ class Merging:
     parameters: dict[str, Any]  # as given, see bake.plan.parameters
     only: tuple[str, ...]  # components; none: all
     allow_missing: bool
+    layers: tuple[str, ...] = ()  # that are put one above the other, as bake.plan.recipe.Layers writes them
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bake.errors import UsageError
 from bake.plan.selection import Selection, Setting
 
 EVERY = "all"  # stands for every component in a mapping of dtypes
@@ -46,6 +48,26 @@ def is_text_encoder(component: str) -> bool:
     return component.rstrip("0123456789") == "te"
 
 
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Layers [first, end) of one of several models, counted from 0."""
+
+    model: int  # its place among them, counted from 0
+    first: int
+    end: int
+
+    @classmethod
+    def parse(cls, text: str) -> Layers:
+        """What MODEL=FIRST:END means, where models are counted from 1. Raises UsageError."""
+        found = re.fullmatch(r"\s*(\d{1,6})\s*=\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text)
+        if found is None:
+            raise UsageError(f"{text!r} is not MODEL=FIRST:END, such as 2=8:32 for layers 8 to 31 of the second model")
+        return cls(int(found[1]) - 1, int(found[2]), int(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.model + 1}={self.first}:{self.end}"
+
+
 @dataclass(frozen=True)
 class MergeChoice:
     """Models that are merged, and how. The result has the layout of the first: of the base, if there is one."""
@@ -56,6 +78,7 @@ class MergeChoice:
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     only: tuple[str, ...] = ()  # merge these components alone; "te" is every text encoder
     allow_missing: bool = False  # what one model lacks stays the first one's; what only others have is left out
+    layers: tuple[Layers, ...] = ()  # of passthrough: those of the models that are put one above the other
 
     def wants(self, component: str) -> bool:
         """True if the tensors of `component` are to be merged."""

@@ -120,6 +120,7 @@ def _merge(plan: Plan, merge: Merging, digests: Sequence[Digest]) -> dict[str, A
         "parameters": merge.parameters,
         "only": list(merge.only),
         "allow_missing": merge.allow_missing,
+        **({"layers": list(merge.layers)} if merge.layers else {}),
     }
 
 

@@ -12,7 +12,7 @@ from bake.io.adapter import CONFIG
 from bake.io.digest import digest_file
 from bake.io.jsontext import shortened
 from bake.plan.parameters import setting_from_json
-from bake.plan.recipe import AdapterChoice, MergeChoice, Recipe
+from bake.plan.recipe import AdapterChoice, Layers, MergeChoice, Recipe
 from bake.plan.record import RECIPE_SCHEMA
 from bake.plan.selection import Selection
 
@@ -109,6 +109,7 @@ def _find_models(entry: dict[str, Any], library: _Library) -> MergeChoice:
         parameters={str(name): setting_from_json(setting) for name, setting in entry["parameters"].items()},
         only=tuple(str(name) for name in entry["only"]),
         allow_missing=bool(entry["allow_missing"]),
+        layers=tuple(Layers.parse(str(each)) for each in entry.get("layers", ())),
     )
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bake.dtypes import OUTPUT_DTYPES
+from bake.errors import UsageError
 from bake.keys.blocks import SCHEMES
 from bake.merges import METHODS, Method, Parameter
-from bake.plan.recipe import EMA, EMBEDDING_MODES, EVERY, LAYOUTS, ROUNDINGS, AdapterChoice, MergeChoice
+from bake.plan.recipe import EMA, EMBEDDING_MODES, EVERY, LAYOUTS, ROUNDINGS, AdapterChoice, Layers, MergeChoice
 from bake.plan.selection import Gradient, NameRule, Selection, Setting
 from bake.plan.words import SELECTION_KEYS, parse_adapter
 from bake.recipes.document import Mark, Node
@@ -208,7 +209,15 @@ def _merge(given: dict[str, Any], mark: Mark) -> MergeChoice:
         parameters=_NO_PARAMETERS if node is None else kind.read(node),
         only=given.get("only", ()),
         allow_missing=given.get("allow_missing", False),
+        layers=given.get("layers", ()),
     )
+
+
+def _layers(text: str, mark: Mark) -> Layers:
+    try:
+        return Layers.parse(text)
+    except UsageError as error:
+        mark.refuse(error.message)
 
 
 def _by_method() -> list[Schema]:
@@ -222,6 +231,8 @@ def _by_method() -> list[Schema]:
     return rules
 
 
+_LAYERS = Made(Text("layers such as 2=8:32"), _layers)
+
 MERGE = Record(
     "a merge",
     (
@@ -231,6 +242,9 @@ MERGE = Record(
         Field("parameters", Unread(), "the parameters of the method"),
         Field("only", _COMPONENTS, "merge these components alone; the rest is the first model's"),
         Field("allow_missing", Switch(), "tensors that another model lacks stay the first one's"),
+        Field(
+            "layers", ListOf(_LAYERS, least=1), "of passthrough: MODEL=FIRST:END for each run of layers, as --layers"
+        ),
     ),
     rules={"allOf": _by_method()},
 )

@@ -17,7 +17,7 @@ from bake.io.checkpoint import read_json_object
 from bake.io.jsontext import shortened
 from bake.keys.nearest import nearest_names
 from bake.merges import METHODS
-from bake.plan.recipe import MergeChoice
+from bake.plan.recipe import Layers, MergeChoice
 from bake.plan.selection import Gradient, Selection, Setting
 from bake.recipes.document import Entries, Items, Mark, Node, Scalar
 from bake.recipes.kinds import ListOf, Number, Switch, Text, Word, expect
@@ -161,6 +161,9 @@ class _Reader:
         self._check_keys(self._top, _TOP, "mergekit")
         self._refuse("modules", "bake merges a model as a whole: write its models: at the top")
         self._refuse("chat_template", "leave it out, and set it in the tokenizer_config.json of the output")
+        stacked = self._stacked()
+        if stacked is not None:
+            return self._configured(stacked)
         models, shared, base = self._models()
         base = self._base() if base is None else base
         chosen, is_base = self._arranged(models, base)
@@ -171,6 +174,9 @@ class _Reader:
             base=base.path if base is not None and is_base else None,
             parameters=self._parameters(chosen, shared),
         )
+        return self._configured(merge)
+
+    def _configured(self, merge: MergeChoice) -> Configuration:
         dtype = self._dtype()
         in_order = sorted(self._notes, key=lambda mark: (mark.line, mark.column))
         return Configuration(merge, dtype, tuple(self._notes[mark] for mark in in_order))
@@ -225,20 +231,57 @@ class _Reader:
             found.append(_Model(path, item.entries["model"].mark, own))
         return found
 
+    def _stacked(self) -> MergeChoice | None:
+        """Slices of one model each, which passthrough puts one above the other; None if it is not that."""
+        slices = self._given("slices")
+        if self._theirs != "passthrough" or slices is None or self._given("models") is not None:
+            return None
+        paths: list[Path] = []
+        layers: list[Layers] = []
+        for each in self._slices(slices):
+            if "sources" not in each.entries:
+                each.mark.refuse("a slice needs sources")
+            sources = each.entries["sources"]
+            models = self._sources(sources, ("model", "layer_range", "parameters"))
+            assert isinstance(sources, Items)
+            if len(models) > 1:
+                raise _unsupported(sources.items[1].mark, "passthrough takes one model in each slice")
+            (source,) = sources.items
+            assert isinstance(source, Entries)
+            for part in (each, source):
+                if "parameters" in part.entries:
+                    raise _unsupported(part.keys["parameters"], "scales of single slices are not done by bake")
+            if models[0].path not in paths:
+                paths.append(models[0].path)
+            layers.append(Layers(paths.index(models[0].path), *_layer_range(source)))
+        base = self._base()
+        self._check_tokenizer(base.path if base is not None else paths[0])
+        alone = [_Model(paths[0], slices.mark, ())]
+        parameters = self._parameters(alone, _entries(self._given("parameters"), "parameters"))
+        return MergeChoice("passthrough", tuple(paths), parameters=parameters, layers=tuple(layers))
+
+    def _slices(self, node: Node) -> list[Entries]:
+        """Every slice, its keys looked at."""
+        known = ("sources", "base_model", "parameters", "residual_weight")
+        if not isinstance(node, Items) or not node.items:
+            expect(node, "a list of slices")
+        found = []
+        for item in node.items:
+            if not isinstance(item, Entries):
+                expect(node, "a list of slices")
+            self._check_keys(item, known, "a slice")
+            if "residual_weight" in item.entries:
+                raise _unsupported(item.keys["residual_weight"], "residual_weight of mergekit is not done by bake")
+            found.append(item)
+        return found
+
     def _slice(
         self, node: Node, overall: tuple[Entries, ...]
     ) -> tuple[list[_Model], tuple[Entries, ...], _Model | None]:
         """One slice that is all layers of every model: the same as models."""
-        known = ("sources", "base_model", "parameters", "residual_weight")
-        if not isinstance(node, Items) or not all(isinstance(item, Entries) for item in node.items) or not node.items:
-            expect(node, "a list of slices")
-        if len(node.items) > 1:
-            raise _unsupported(node.items[1].mark, "bake does not put models together from slices of layers")
-        (only,) = node.items
-        assert isinstance(only, Entries)
-        self._check_keys(only, known, "a slice")
-        if "residual_weight" in only.entries:
-            raise _unsupported(only.keys["residual_weight"], "residual_weight of mergekit is not done by bake")
+        only, *more = self._slices(node)
+        if more:
+            raise _unsupported(more[0].mark, f"{self._theirs} merges whole models; slices are for passthrough")
         if "sources" not in only.entries:
             only.mark.refuse("a slice needs sources")
         sources = only.entries["sources"]
@@ -399,14 +442,20 @@ def _model_path(node: Node) -> Path:
     )
 
 
-def _check_whole(source: Entries, model: _Model) -> None:
-    """Raise Unsupported unless a slice is all layers of its model."""
+def _layer_range(source: Entries) -> tuple[int, int]:
+    """The layers [first, end) that a source of a slice names."""
     node = source.entries.get("layer_range")
     if node is None:
         source.mark.refuse("a source of a slice needs layer_range")
     found = ListOf(Number(low=0, whole=True)).read(node)
     if len(found) != 2:
         expect(node, "layer_range: [FIRST, END]")
+    return int(found[0]), int(found[1])
+
+
+def _check_whole(source: Entries, model: _Model) -> None:
+    """Raise Unsupported unless a slice is all layers of its model."""
+    found, node = _layer_range(source), source.entries["layer_range"]
     config = read_json_object(model.path / "config.json") if (model.path / "config.json").is_file() else {}
     inner = config.get("text_config")
     counts = [each[key] for each in (config, inner) if isinstance(each, dict) for key in _LAYER_COUNTS if key in each]

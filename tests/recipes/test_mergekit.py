@@ -12,7 +12,7 @@ from models import llama, random_arrays
 from support import bake, load, save
 
 from bake.errors import BakeError
-from bake.plan.recipe import MergeChoice, Recipe
+from bake.plan.recipe import Layers, MergeChoice, Recipe
 from bake.plan.selection import Gradient, Selection
 from bake.recipes.read import Bake, read_recipe
 
@@ -217,6 +217,23 @@ def test_what_is_narrower_counts_first(models: Path) -> None:
     assert read(models, text).recipe.base == choice(models, "linear", "one two", weight=weight, normalize=False)
 
 
+STACK = """
+merge_method: passthrough
+slices:
+- sources: [{model: one, layer_range: [0, 3]}]
+- sources: [{model: two, layer_range: [1, 4]}]
+- sources: [{model: one, layer_range: [3, 4]}]
+dtype: float32
+"""
+
+
+def test_slices_of_one_model_each_are_put_one_above_the_other(models: Path) -> None:
+    found = read(models, STACK).recipe.base
+    assert isinstance(found, MergeChoice)
+    assert found.models == (models / "one", models / "two")
+    assert found.layers == (Layers(0, 0, 3), Layers(1, 1, 4), Layers(0, 3, 4))
+
+
 def test_what_changes_nothing_is_said(models: Path) -> None:
     text = (
         "merge_method: task_arithmetic\nbase_model: base\nname: mine\nmodels:\n"
@@ -276,13 +293,22 @@ MISTAKES = [
     (f"merge_method: karcher\n{TWO}chat_template: auto\n", 6, "3:1", "chat_template"),
     (f"merge_method: karcher\n{TWO}modules: {{x: {{}}}}\n", 6, "3:1", "modules"),
     (
-        "merge_method: passthrough\nslices:\n- sources: [{model: one, layer_range: [0, 3]}]\n"
+        "merge_method: linear\nparameters: {weight: 1}\nslices:\n- sources: [{model: one, layer_range: [0, 3]}]\n"
         "- sources: [{model: two, layer_range: [1, 4]}]\n",
-        *(6, "4:3", "slices of layers"),
+        *(6, "5:3", "slices are for passthrough"),
     ),
     (
-        "merge_method: passthrough\nslices:\n- sources: [{model: one, layer_range: [0, 3]}]\n",
-        *(6, "3:39", "layers 0 to 3 of 4"),
+        "merge_method: linear\nparameters: {weight: 1}\nslices:\n- sources: [{model: one, layer_range: [0, 3]}]\n",
+        *(6, "4:39", "layers 0 to 3 of 4"),
+    ),
+    (
+        "merge_method: passthrough\nslices:\n- sources: [{model: one, layer_range: [0, 3], parameters: {scale: 2}}]\n",
+        *(6, "3:47", "scales of single slices"),
+    ),
+    (
+        "merge_method: passthrough\nslices:\n- sources: [{model: one, layer_range: [0, 3]}, "
+        "{model: two, layer_range: [0, 3]}]\n",
+        *(6, "3:48", "one model in each slice"),
     ),
     (
         "merge_method: passthrough\nslices:\n- sources: [{model: one, layer_range: [0]}]\n",
@@ -345,7 +371,7 @@ def merged_by_mergekit(models: Path, text: str, folder: Path) -> dict[str, np.nd
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.xdist_group("oracles")
-@pytest.mark.parametrize("text", [LINEAR, SLERP, TIES], ids=["linear", "slerp", "ties"])
+@pytest.mark.parametrize("text", [LINEAR, SLERP, TIES, STACK], ids=["linear", "slerp", "ties", "stack"])
 def test_mergekit_makes_the_same_of_it(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
