@@ -130,7 +130,7 @@ class TestManyFiles:
         base, lora = write_shards(tmp_path, 150)
         done = limited("fuse", base, "-l", lora, "-o", tmp_path / "out", "--json", files=FEW_FILES)
         assert done.code == 0, done.err + done.out
-        assert done.json["tensors"] == {"fused": 150, "grown": 0, "converted": 0, "copied": 150}
+        assert done.json["tensors"] == {"fused": 150, "merged": 0, "grown": 0, "converted": 0, "copied": 150}
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == 150
         report = limited("verify", tmp_path / "out", "--full", "--json", files=FEW_FILES)
         assert report.code == 0, report.err + report.out

@@ -48,7 +48,7 @@ _SUMMARIES = {
     "extract": "Write the LoRA that makes TUNED of BASE.",
     "resize": "Write LORA with other ranks.",
     "combine": "Write one LoRA for several.",
-    "convert": "Write IN in another way: a checkpoint or an adapter, whichever it is.",
+    "convert": "Write IN, a checkpoint or an adapter, in another way.",
     "schema": "Print the JSON Schema of recipe files.",
     "env": "Print versions and devices, for bug reports.",
     "completion": "Print the completion script of SHELL.",

@@ -84,7 +84,7 @@ class PlainMergeRun:
         wanted = options.threads or min(MAX_WORKERS, os.cpu_count() or 1)
         workers = max(1, min(wanted, len(self._jobs), memory // _SMALLEST_RUN))
         self._elements = max(_SMALLEST_RUN, min(_RUN_ELEMENTS, memory // workers))
-        self._inputs = range(len(task.plan.inputs))
+        self._inputs = [place for place, each in enumerate(task.plan.inputs) if each.has_tensors]
         if len(self._inputs) <= MANY_FILES:
             for place in self._inputs:
                 with task.files.using(place):
