@@ -202,6 +202,17 @@ def test_the_order_of_typing_changes_no_byte_of_a_symmetric_method(language, tmp
     assert len(shas) == 1
 
 
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic"])
+def test_copies_of_one_model_are_told_apart_by_what_is_asked_for_them(language, tmp_path: Path, name: str) -> None:
+    copies = [save(tmp_path / folder / "m.safetensors", random_arrays(llama())) for folder in ("one", "two")]
+    base = language[1] if name == "task_arithmetic" else None
+    shas = set()
+    for weights in ([0.3, 0.9], [0.9, 0.3]):
+        merge(name, copies, tmp_path / "out.safetensors", base=base, parameters={"weight": weights}, overwrite=True)
+        shas.add(sha(tmp_path / "out.safetensors"))
+    assert len(shas) == 1
+
+
 def test_block_weights_set_alpha_for_each_block(sd1, tmp_path: Path) -> None:
     # By hand: BASE, IN00 to IN11, M00, OUT00 to OUT11; supermerger counts time_embed as IN00, out as OUT11.
     values = [round(0.04 * n, 2) for n in range(26)]

@@ -124,8 +124,7 @@ class Journal(NoJournal):
         for line in lines:
             read = _read_entry(_parse(line) or {})
             if read is not None:
-                self._found.pop(read[0], None)  # the last word counts
-                self._found[read[0]] = read[1]
+                self._found[read[0]] = read[1]  # the last word counts
         self._fates = _Fates(self._found)
 
     def start(self, draft: int) -> None:

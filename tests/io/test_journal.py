@@ -85,6 +85,42 @@ def test_what_was_copied_is_noted_as_the_draft_holds_it(tmp_path: Path, output: 
     assert again(tmp_path / "journal").recall(Span("", 10, 130), output) == ()
 
 
+@pytest.mark.parametrize("place", [0, 6, 7, 13, 19])
+def test_all_of_a_span_is_read_back_however_long_it_is(
+    tmp_path: Path, output: int, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setattr(module, "_READ_BACK", 7)
+    written(tmp_path / "journal")
+    assert again(tmp_path / "journal").recall(SPANS[2], output) is not None
+    os.pwrite(output, b"\xff", SPANS[2].begin + place)
+    assert again(tmp_path / "journal").recall(SPANS[2], output) is None
+
+
+def test_what_was_noted_last_counts(tmp_path: Path, output: int) -> None:
+    journal = written(tmp_path / "journal")
+    os.pwrite(output, b"x", SPANS[3].begin)
+    journal.note(SPANS[3], hashlib.sha256(b"x" + CONTENT[61:80]), (9.0,))
+    journal = again(tmp_path / "journal")
+    assert journal.recall(SPANS[3], output) == (9.0,)
+    assert journal.resumed(None).spans == 1
+
+
+def test_a_line_that_the_disk_takes_in_pieces_is_whole(
+    tmp_path: Path, output: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:11]))
+    written(tmp_path / "journal")
+    journal = again(tmp_path / "journal")
+    assert all(journal.recall(span, output) is not None for span in SPANS)
+
+
+def test_tuples_are_what_they_are_read_back_as(tmp_path: Path) -> None:
+    run = RUN | {"inputs": {"a": (1, 2)}}
+    Journal(tmp_path / "journal", run).start(7)
+    assert Journal(tmp_path / "journal", run).load(7) is None
+
+
 def test_torn_anywhere_whole_lines_count(tmp_path: Path, output: int) -> None:
     path = tmp_path / "journal"
     written(path)
@@ -127,6 +163,7 @@ def test_lines_that_make_no_sense_count_for_nothing(tmp_path: Path, output: int,
     [
         ({}, 8, "its journal is that of another draft"),
         ({"version": "2"}, 7, "it is of another version of bake"),
+        ({"schema": 0}, 7, "it is of another version of bake"),
         ({"inputs": {"a": [1, 3]}}, 7, "a changed since"),
         ({"inputs": {"b": [1, 2]}}, 7, "the inputs are others"),
         ({"plan": "q"}, 7, "something else was asked for"),

@@ -142,6 +142,13 @@ def test_a_tensor_that_a_model_lacks_is_refused_or_kept(a: Path, b: Path, tmp_pa
     assert any(f"{lost} is only in b.safetensors" in note for note in plan.notes)
 
 
+def test_models_of_one_name_are_told_apart_by_their_folders(a: Path, tmp_path: Path) -> None:
+    arrays = random_arrays(llama())
+    del arrays["model.norm.weight"]
+    other = save(tmp_path / "other" / a.name, arrays)
+    assert f"model.norm.weight is not in {other}" in refused(Mismatch, "weighted_sum", a, other)
+
+
 def test_more_layers_are_refused(a: Path, tmp_path: Path) -> None:
     deep = save(tmp_path / "deep.safetensors", random_arrays(llama(layers=3)))
     assert "model.layers.2." in refused(Mismatch, "weighted_sum", a, deep)
