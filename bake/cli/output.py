@@ -24,6 +24,7 @@ from bake.documents import (
     result_document,
     tensor_counts,
 )
+from bake.dtypes import DTYPES, OUTPUT_DTYPES
 from bake.errors import UsageError
 from bake.identify.families import title
 from bake.merges import METHODS
@@ -255,8 +256,10 @@ def _embedding(embedding: EmbeddingPlan, plan: Plan, output: Path | None) -> str
 
 def _advice(plan: Plan) -> str:
     """What keeps more of an update than the plan does."""
-    wider = "A wider dtype keeps more (--dtype fp32, bf16 or fp16), so does a larger weight"
-    return f"{wider}." if plan.rounding == "stochastic" else f"{wider}; --rounding stochastic keeps it on average."
+    coarsest = min(DTYPES[tensor.dtype].mantissa for _, tensor in plan.tensors() if tensor.terms)
+    finer = [name for name in ("bf16", "fp16", "fp32") if DTYPES[OUTPUT_DTYPES[name]].mantissa > coarsest]
+    dtype = f"A finer dtype keeps more (--dtype {' or '.join(finer)}), so does a larger weight"
+    return f"{dtype}." if plan.rounding == "stochastic" else f"{dtype}; --rounding stochastic keeps it on average."
 
 
 def _component_label(name: str, plan: Plan) -> str:
