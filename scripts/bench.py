@@ -298,7 +298,8 @@ class Bench:
         copies = here / "copies"
         full = ["--full"] if self.arguments.every == 1 else []
         merge = (*bake, "merge", "weighted_sum", *models, "-p", f"alpha={job['alpha']}", "-o", str(output), "-q")
-        verify = (*bake, "verify", str(output), *full, "--json")
+        folders = [word for model in models for word in ("--search", str(Path(model).parent))]
+        verify = (*bake, "verify", str(output), *folders, *full, "--json")
         copy = 'mkdir "$0" && for model in "$@"; do cp -r "$model" "$0/$((n += 1))"; done'
         return {
             "cp": Command(("sh", "-c", copy, str(copies), *models), copies),
