@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -79,9 +80,11 @@ class Events:
 
     def __init__(self, order: Order, log: Path) -> None:
         self._order, self._main = order, os.getpid()
-        self._counts = {kind: multiprocessing.Value("q", 0) for kind in (*MANY, *FEW)}
-        self._log = log
-        self._is_after = multiprocessing.Value("b", 0)
+        self._counts = {kind: multiprocessing.RawValue("q", 0) for kind in (*MANY, *FEW)}
+        self._log, self._guard = log, log.with_name("guard")
+        self._guard.touch()
+        self._threads = threading.Lock()
+        self._is_after = multiprocessing.RawValue("b", 0)
 
     def install(self) -> None:
         from bake.io import moves
@@ -100,9 +103,7 @@ class Events:
                 return call(*arguments, **named)
             if fault is not None and (fault.where not in path or (fault.kind != kind and not self._is_after.value)):
                 return call(*arguments, **named)
-            with self._counts[kind].get_lock():
-                number = self._counts[kind].value
-                self._counts[kind].value += 1
+            number = self._number(kind)
             if fault is None:
                 _note(self._log, f"{kind} {path}\n")
                 return call(*arguments, **named)
@@ -112,6 +113,21 @@ class Events:
             return call(*arguments, **named)
 
         return counted
+
+    def _number(self, kind: str) -> int:
+        """How many calls of a kind there were before this one, in all processes of the run.
+
+        A file's lock ends with the process that holds it: a run kills its workers at any moment.
+        """
+        import fcntl  # which Windows has not; nothing is killed there
+
+        with self._threads:
+            descriptor = _open(self._guard, os.O_RDWR)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+            number: int = self._counts[kind].value
+            self._counts[kind].value += 1
+            _close(descriptor)
+        return number
 
     def _strike(
         self, kind: str, path: str, call: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]
