@@ -118,6 +118,18 @@ def grown(folder: Path) -> Words:
     return [base, "-l", adapter]
 
 
+def dropped(folder: Path) -> Words:
+    """A single file that loses its text encoder."""
+    return [save_base(folder / "in" / "base.safetensors"), "--drop", "te1"]
+
+
+def replaced(folder: Path) -> Words:
+    """A diffusers folder with the VAE of a file."""
+    base = diffusers(folder)[0]
+    arrays = {name: array + np.float16(1) for name, array in random_arrays(small("sd1")).items()}
+    return [base, "--vae", save(folder / "in" / "other.safetensors", arrays)]
+
+
 KINDS: dict[str, Callable[[Path], Words]] = {
     "file": file,
     "file with an odd header": odd_file,
@@ -132,6 +144,8 @@ KINDS: dict[str, Callable[[Path], Words]] = {
     "scaled fp8, old": scaled(False),
     "DoRA": dora,
     "grown vocabulary": grown,
+    "dropped": dropped,
+    "replaced": replaced,
 }
 
 
@@ -324,6 +338,27 @@ class TestKeeping:
         assert (tmp_path / "out.undo").read_bytes() == kept
         assert not (tmp_path / "out.safetensors").exists()
         assert not drafts(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("kind", "words", "name"),
+        [
+            (diffusers, ["--drop", "te1"], "out"),
+            (diffusers, ["--layout", "original"], "out.safetensors"),
+            (sharded, ["--shard-size", "none"], "out.safetensors"),
+            (sharded, ["--shard-size", "1000"], "out"),
+            (file, ["--shard-size", "1000"], "out"),
+        ],
+    )
+    def test_an_output_of_other_files_than_the_bases_is_refused(
+        self, kind: Callable[[Path], Words], words: Words, name: str, tmp_path: Path
+    ) -> None:
+        base = kind(tmp_path)[0]
+        if kind is diffusers:
+            (Path(base) / "model_index.json").write_text('{"unet": ["a", "b"], "vae": ["a", "b"]}')
+        done = bake("fuse", base, *words, "-o", tmp_path / name, "--keep-undo")
+        assert done.code == 6
+        assert "other files than" in done.err
+        assert not (tmp_path / name).exists()
 
     def test_pickles_are_refused(self, tmp_path: Path) -> None:
         torch = pytest.importorskip("torch")

@@ -20,7 +20,7 @@ from bake.io.packing import best_packing
 from bake.io.target import aside_of, check_target, refusal_of
 from bake.io.tensorfile import SafetensorsFile, open_tensors
 from bake.io.undo import Files, Source, UndoReader, UndoWriter, is_storable, undo_place
-from bake.plan.model import Plan
+from bake.plan.model import Input, Plan
 from bake.progress import Progress
 
 
@@ -29,10 +29,10 @@ def check_undo_place(plan: Plan, output: Path, sizes: Mapping[str, int], overwri
 
     sizes: bytes of the output's weight files, by relative path.
     """
-    if plan.settings["layout"] != "keep" or plan.settings["shard_size"] is not None:
+    if not _has_the_bases_files(plan):
         raise Unsupported(
-            "--keep-undo compares the output with the base file by file, and --layout and --shard-size give it other "
-            "files: keep the base, or leave them out."
+            f"--keep-undo compares the output with the base file by file, and here it gets other files than "
+            f"{plan.base.name} has: keep the base itself, or bake without --keep-undo."
         )
     for source in _sources(plan):
         if source.is_weights and not isinstance(open_tensors(source.path), SafetensorsFile):
@@ -52,12 +52,26 @@ def check_undo_place(plan: Plan, output: Path, sizes: Mapping[str, int], overwri
     check_target(place, [source.path for source in plan.inputs], False, overwrite or is_left, 0)
 
 
+def _bases(plan: Plan) -> list[Input]:
+    """The weight files of the base."""
+    return [source for source in plan.inputs if source.role == "base"]
+
+
+def _has_the_bases_files(plan: Plan) -> bool:
+    """True if each weight file of the output takes the place of one of the base's, and none is missing."""
+    bases = _bases(plan)
+    if plan.packaging != plan.base_packaging or len(bases) != len(plan.files):
+        return False
+    names = [each.path.relative_to(plan.base).as_posix() for each in bases] if plan.base.is_dir() else None
+    return names is None or names == [file.relative for file in plan.files]
+
+
 def _sources(plan: Plan) -> list[Source]:
     """The files of the base that those of the output take the place of."""
     is_stack = plan.packaging == "stack"
     weights = [
         Source(base.path.name if is_stack else file.relative, base.path, file.relative, True)
-        for file, base in zip(plan.files, plan.inputs)  # noqa: B905 - the base's files are the first inputs
+        for file, base in zip(plan.files, _bases(plan), strict=True)
     ]
     beside = [(side.relative, plan.base / side.relative) for side in plan.side_files]
     return weights + [Source(name, path, name, False) for name, path in beside if path.is_file()]
