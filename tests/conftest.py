@@ -16,6 +16,7 @@ from models import write_random
 from scenes import KINDS, Scene, prepare
 from support import DIFFUSERS_LORA, KOHYA_LORA, ROOT, SD1_BASE
 
+from bake.execute import kernels
 from bake.execute.merging import plain as plain_merging
 from bake.execute.plain import crew
 from bake.execute.plain import pipeline as plain_pipeline
@@ -52,6 +53,17 @@ def _no_copies_of_pytest() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "can_fork", lambda: False)
         yield
+
+
+@pytest.fixture(scope="module", params=["numpy", "compiled"])
+def loops(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What goes through all elements where torch does not: NumPy, or the loops in C."""
+    if request.param == "compiled" and kernels.compiled is None:
+        pytest.skip("the loops in C were not built")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(kernels, "compiled", None)
+        yield str(request.param)
 
 
 @pytest.fixture(params=["numpy", "torch"])

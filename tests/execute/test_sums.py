@@ -5,6 +5,7 @@ Both parts of bake that make them are held against it: torch's, and NumPy's wher
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from support import save, save_torch
 
 from bake.api import fuse
 from bake.errors import NonFinite
-from bake.execute import sums
+from bake.execute import kernels, sums
 from bake.execute.chunk import Chunk, chunk_height
 from bake.execute.device import Desk, Device
 from bake.execute.plain import sums as plain
@@ -122,9 +123,9 @@ class Bench:
             for step in steps:
                 assert self.run(step * width) == due
         if _is_plain(self.plan):
-            for step in steps:
+            for step, loops in itertools.product(steps, {None, kernels.compiled}):
                 try:
-                    assert self.run_plain(step)[0] == due
+                    assert self.run_plain(step, loops=loops)[0] == due
                 except TooLarge:
                     assert self.largest() >= TOO_LARGE[self.tag]
 
@@ -132,14 +133,20 @@ class Bench:
         """The largest magnitude of what is read and written."""
         return max(float(np.abs(each).max(initial=0)) for each in (self.base, self.exact()))
 
-    def run_plain(self, step: int, is_fast: bool = False) -> tuple[bytes, Survival]:
-        """The bytes that NumPy's part writes, in blocks of so many rows, and what survived."""
+    def run_plain(
+        self, step: int, is_fast: bool = False, loops: kernels.Loops | None = None
+    ) -> tuple[bytes, Survival]:
+        """The bytes that the part without torch writes, in blocks of so many rows, and what survived.
+
+        loops: what goes through all elements; None: NumPy.
+        """
         work, desk = plain.Sum(self.plan, self.files, is_fast), PlainDesk()
         out = np.empty(self.base.shape, np.uint16)
         raw = stored(self.base, self.source)
         lying = raw.view(torch.int16).numpy().view(np.uint16) if self.source == "BF16" else raw.numpy()
         survival = NOTHING
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "compiled", loops)
             for first in range(0, len(out), step):
                 rows = slice(first, first + step)
                 survival += work.fuse(lying[rows], out[rows], first, desk)

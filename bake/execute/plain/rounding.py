@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.dtypes import DTYPES
+from bake.execute import kernels
 from bake.execute.plain.desk import Desk
 
 Floats = NDArray[np.float32]
@@ -38,6 +39,10 @@ def widen(stored: NDArray[np.generic], tag: str, out: Floats) -> None:
 
     Raises TooLarge for halves that are no finite numbers.
     """
+    if kernels.compiled is not None:
+        if not kernels.compiled.widen(stored, tag, out):
+            raise TooLarge
+        return
     if tag == "F32":
         np.copyto(out, stored)
         return
@@ -53,12 +58,40 @@ def widen(stored: NDArray[np.generic], tag: str, out: Floats) -> None:
         np.multiply(out, _HALF_FACTOR, out=out)
 
 
-def settle(near: Floats, bound: Floats, tag: str, out: Bits, desk: Desk) -> NDArray[np.intp]:
-    """Round `near` into `out`; return the flat places where the numbers that it stands for may round differently.
+def settle(
+    stored: NDArray[Any],
+    source: str,
+    update: Floats,
+    tall: Floats | None,
+    wide: Floats,
+    tag: str,
+    out: Bits,
+    desk: Desk,
+) -> NDArray[np.intp]:
+    """Round `stored` + `update` into `out`; return the flat places where what that stands for may round differently.
 
-    bound: positive, and a little more (1 + 2**-20) than how far those are away at most, not counting one rounding
-    to float32. Both are used up. Raises TooLarge.
+    tall (rows, 1) times wide (1, columns), or else wide (rows, columns), is a bound: positive, and a little more
+    (1 + 2**-20) than how far that is away at most, not counting one rounding to float32. Raises TooLarge.
     """
+    if kernels.compiled is not None:
+        places = desk.array("places", np.intp, (stored.size,))
+        count = kernels.compiled.settle(stored, source, update, tall, wide, tag, out, places)
+        if count < 0:
+            raise TooLarge
+        return places[:count].copy()
+    near = desk.array("near", np.float32, stored.shape)
+    widen(stored, source, near)
+    np.add(near, update, out=near)
+    bound = desk.array("bound", np.float32, stored.shape)
+    if tall is None:
+        np.copyto(bound, wide)
+    else:
+        np.einsum("ij,jk->ik", tall, wide, out=bound)  # twice as fast as to multiply
+    return _settle(near, bound, tag, out, desk)
+
+
+def _settle(near: Floats, bound: Floats, tag: str, out: Bits, desk: Desk) -> NDArray[np.intp]:
+    """`settle` for a sum and its bound. Both are used up."""
     shape, drop = near.shape, _MANTISSA - DTYPES[tag].mantissa  # bits that go
     is_open, signs = desk.array("open", np.bool_, shape), desk.array("signs", np.uint16, shape)
     np.signbit(near, out=is_open)
@@ -97,6 +130,10 @@ def _beyond(tag: str) -> int:
 
 def narrow(near: Floats, tag: str, out: Bits, desk: Desk) -> None:
     """Round `near` itself, which is used up, into `out`. Raises TooLarge."""
+    if kernels.compiled is not None:
+        if not kernels.compiled.narrow(near, tag, out):
+            raise TooLarge
+        return
     kind, shape = DTYPES[tag], near.shape
     large, rounded = (desk.array(name, np.float32, shape) for name in ("large", "rounded"))
     np.bitwise_and(near.view(np.int32), _EXPONENT, out=large.view(np.int32))  # the power of two below
@@ -127,6 +164,10 @@ def narrow_all(values: NDArray[np.float64], tag: str, out: NDArray[Any], desk: D
 
     Raises TooLarge if one of them is not finite then.
     """
+    if kernels.compiled is not None and tag in _INFINITY:
+        if not kernels.compiled.narrow(values, tag, out):
+            raise TooLarge
+        return
     if tag == "BF16":
         _narrow_to_bfloat16(values, out, desk)
     else:

