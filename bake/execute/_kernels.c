@@ -250,14 +250,47 @@ static Py_ssize_t settle_any(const struct sum *sum, enum dtype source, enum dtyp
 struct region {
     const double *left; /* height * rank: the scaled left factor */
     const float *right; /* width * rank: the right factor, the ranks of a column side by side */
+    const float *tall;  /* height: the norms of the rows */
+    const float *wide;  /* width: the norms of the columns */
     Py_ssize_t height, width, rank;
     Py_ssize_t row, column; /* the region's first ones, in what `places` count */
 };
 
-/* Add to each total the sum of all products, in the order that docs/numerics.md has. */
+/* The sum of all products in the order that docs/numerics.md has; `products` has room for them. */
+INLINE double dot_as_defined(const double *left, const float *right, Py_ssize_t rank, double *restrict products) {
+    for (Py_ssize_t k = 0; k < rank; k++)
+        products[k] = left[k] * right[k];
+    Py_ssize_t half = 1;
+    while (half < rank)
+        half *= 2;
+    for (Py_ssize_t length = rank; length > 1; length = half) {
+        half /= 2;
+        for (Py_ssize_t k = 0; k < length - half; k++)
+            products[k] += products[half + k];
+    }
+    return products[0];
+}
+
+#define LANES 16
+
+/* The same in whatever order is fast. */
+INLINE double dot(const double *left, const float *right, Py_ssize_t rank) {
+    double sums[LANES] = {0}, total = 0;
+    Py_ssize_t k = 0;
+    for (; k + LANES <= rank; k += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            sums[lane] += left[k + lane] * right[k + lane];
+    for (; k < rank; k++)
+        total += left[k] * right[k];
+    for (int lane = 0; lane < LANES; lane++)
+        total += sums[lane];
+    return total;
+}
+
+/* Add the sum of all products to each total. With `norms`: in any order, and what bounds the products to those. */
 FOR_EACH_PROCESSOR
 static void add_all(const struct region *region, const int64_t *places, Py_ssize_t count, Py_ssize_t columns,
-                    double *restrict totals, double *restrict products) {
+                    double *restrict totals, double *restrict norms, double *restrict products) {
     for (Py_ssize_t i = 0; i < count; i++) {
         Py_ssize_t row = (Py_ssize_t)(places[i] / columns) - region->row;
         Py_ssize_t column = (Py_ssize_t)(places[i] % columns) - region->column;
@@ -265,31 +298,33 @@ static void add_all(const struct region *region, const int64_t *places, Py_ssize
             continue;
         const double *left = region->left + row * region->rank;
         const float *right = region->right + column * region->rank;
-        for (Py_ssize_t k = 0; k < region->rank; k++)
-            products[k] = left[k] * right[k];
-        Py_ssize_t half = 1;
-        while (half < region->rank)
-            half *= 2;
-        for (Py_ssize_t length = region->rank; length > 1; length = half) {
-            half /= 2;
-            for (Py_ssize_t k = 0; k < length - half; k++)
-                products[k] += products[half + k];
-        }
-        totals[i] += products[0];
+        if (norms) {
+            totals[i] += dot(left, right, region->rank);
+            norms[i] += (double)region->tall[row] * region->wide[column];
+        } else
+            totals[i] += dot_as_defined(left, right, region->rank, products);
     }
 }
 
-/* Write W plus its total, rounded once, to every place; 1 if that is not finite for one of them. */
-INLINE int finish_all(const void *stored, enum dtype source, const int64_t *places, const double *totals,
-                      enum dtype target, uint16_t *out, Py_ssize_t count) {
+/* Write W plus its total, rounded once, to every place; -1 if that is not finite for one of them.
+
+With `norms` the sum may be share * norm and some roundings away: how many places that leaves open, which are moved to
+the front. */
+INLINE Py_ssize_t finish_all(const void *stored, enum dtype source, int64_t *places, const double *totals,
+                             const double *norms, double share, enum dtype target, uint16_t *out, Py_ssize_t count) {
+    Py_ssize_t open = 0;
     uint32_t bad = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
-        double value = totals[i] + value_of(stored, places[i], source);
-        uint32_t bits = rounded(value, target);
+        Py_ssize_t place = (Py_ssize_t)places[i];
+        double value = totals[i] + value_of(stored, place, source);
+        double bound = norms ? norms[i] * share + fabs(value) * 0x1p-51 : 0;
+        uint32_t bits = rounded(value - bound, target);
         bad |= bits >= infinity(target);
-        out[places[i]] = signed_bits(bits, value);
+        out[place] = signed_bits(bits, value - bound);
+        places[open] = place; /* overwritten if it is not */
+        open += norms && out[place] != signed_bits(rounded(value + bound, target), value + bound);
     }
-    return bad != 0;
+    return bad ? -1 : open;
 }
 
 /* Python's side */
@@ -398,27 +433,30 @@ static PyObject *settle(PyObject *module, PyObject *args) {
 }
 
 static PyObject *add_products(PyObject *module, PyObject *args) {
-    Py_buffer places, left, right, totals;
+    Py_buffer places, left, right, tall, wide, totals, norms;
     struct region region;
     Py_ssize_t columns;
     double *products = NULL;
     PyObject *result = NULL;
-    if (!PyArg_ParseTuple(args, "y*ny*y*n(nn)w*:add_products", &places, &columns, &left, &right, &region.rank,
-                          &region.row, &region.column, &totals))
+    if (!PyArg_ParseTuple(args, "y*ny*y*y*y*n(nn)w*z*:add_products", &places, &columns, &left, &right, &tall, &wide,
+                          &region.rank, &region.row, &region.column, &totals, &norms))
         return NULL;
     region.left = left.buf;
     region.right = right.buf;
-    if (!fits(columns > 0 && region.rank > 0 && places.len == totals.len))
+    region.tall = tall.buf;
+    region.wide = wide.buf;
+    region.height = tall.len / 4;
+    region.width = wide.len / 4;
+    if (!fits(columns > 0 && region.rank > 0 && places.len == totals.len && left.len == region.height * region.rank * 8 &&
+              right.len == region.width * region.rank * 4 && (!norms.buf || norms.len == totals.len)))
         goto done;
-    region.height = left.len / 8 / region.rank;
-    region.width = right.len / 4 / region.rank;
     products = PyMem_Malloc((size_t)region.rank * sizeof(double));
     if (products == NULL) {
         PyErr_NoMemory();
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
-    add_all(&region, places.buf, places.len / 8, columns, totals.buf, products);
+    add_all(&region, places.buf, places.len / 8, columns, totals.buf, norms.buf, products);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 done:
@@ -426,30 +464,37 @@ done:
     PyBuffer_Release(&places);
     PyBuffer_Release(&left);
     PyBuffer_Release(&right);
+    PyBuffer_Release(&tall);
+    PyBuffer_Release(&wide);
     PyBuffer_Release(&totals);
+    PyBuffer_Release(&norms);
     return result;
 }
 
 static PyObject *finish(PyObject *module, PyObject *args) {
-    Py_buffer stored, places, totals, out;
+    Py_buffer stored, places, totals, norms, out;
     const char *source_tag, *target_tag;
     enum dtype source, target;
+    double share;
     PyObject *result = NULL;
-    if (!PyArg_ParseTuple(args, "y*sy*y*sw*:finish", &stored, &source_tag, &places, &totals, &target_tag, &out))
+    if (!PyArg_ParseTuple(args, "y*sw*y*z*dsw*:finish", &stored, &source_tag, &places, &totals, &norms, &share,
+                          &target_tag, &out))
         return NULL;
     if (dtype_of(source_tag, &source) && target_of(target_tag, &target)) {
         Py_ssize_t count = out.len / 2;
-        const int64_t *each = places.buf;
-        int is_right = stored.len == count * size_of(source) && places.len == totals.len;
+        int64_t *each = places.buf;
+        int is_right = stored.len == count * size_of(source) && places.len == totals.len &&
+                       (!norms.buf || norms.len == totals.len);
         for (Py_ssize_t i = 0; is_right && i < places.len / 8; i++)
             is_right = each[i] >= 0 && each[i] < count;
         if (fits(is_right))
-            result = PyBool_FromLong(
-                !finish_all(stored.buf, source, each, totals.buf, target, out.buf, places.len / 8));
+            result = PyLong_FromSsize_t(finish_all(stored.buf, source, each, totals.buf, norms.buf, share, target,
+                                                   out.buf, places.len / 8));
     }
     PyBuffer_Release(&stored);
     PyBuffer_Release(&places);
     PyBuffer_Release(&totals);
+    PyBuffer_Release(&norms);
     PyBuffer_Release(&out);
     return result;
 }
@@ -464,11 +509,11 @@ static PyMethodDef functions[] = {
      "Round stored + update; how many `places` are open, or -1 if a number may be too large.\n\n"
      "The bound of an element is its row's `tall` times its column's `wide`, or, without `tall`, its own in `wide`."},
     {"add_products", add_products, METH_VARARGS,
-     "add_products(places, columns, left, right, rank, first, totals)\n--\n\n"
+     "add_products(places, columns, left, right, tall, wide, rank, first, totals, norms)\n--\n\n"
      "Add the sums of products of factors that begin at `first` (row, column) to the totals of flat places."},
     {"finish", finish, METH_VARARGS,
-     "finish(stored, source, places, totals, target, out)\n--\n\n"
-     "Write stored + total, rounded once, at each place; False if some result is not finite."},
+     "finish(stored, source, places, totals, norms, share, target, out)\n--\n\n"
+     "Write stored + total, rounded once, at each place; how many are open, or -1 if some result is not finite."},
     {NULL, NULL, 0, NULL},
 };
 

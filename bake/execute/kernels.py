@@ -42,14 +42,18 @@ class Loops(Protocol):
         columns: int,
         left: NDArray[np.float64],
         right: NDArray[np.float32],
+        tall: NDArray[np.float32],
+        wide: NDArray[np.float32],
         rank: int,
         first: tuple[int, int],
         totals: NDArray[np.float64],
+        norms: NDArray[np.float64] | None,
         /,
     ) -> None:
-        """Add sums of products, as docs/numerics.md has them, to the totals of flat places in rows of so many columns.
+        """Add sums of products to the totals of flat places in rows of so many columns: as docs/numerics.md has them.
 
-        left: (rows, rank), right: (columns, rank), first: row and column that their first ones are for.
+        left: (rows, rank), right: (columns, rank), tall and wide: their norms, first: row and column that their
+        first ones are for. With `norms`: in any order, and the products of the norms are added to those.
         """
 
     def finish(
@@ -58,11 +62,17 @@ class Loops(Protocol):
         source: str,
         places: NDArray[np.intp],
         totals: NDArray[np.float64],
+        norms: NDArray[np.float64] | None,
+        share: float,
         target: str,
         out: NDArray[np.uint16],
         /,
-    ) -> bool:
-        """Write stored + total, rounded once, at each place; False if some result is not finite."""
+    ) -> int:
+        """Write stored + total, rounded once, at each place; -1 if some result is not finite.
+
+        With `norms` a total may be `share` of its norm away: how many places that leaves open, which are moved to
+        the front of `places`.
+        """
 
 
 def _found() -> Loops | None:
