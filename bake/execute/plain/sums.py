@@ -16,7 +16,7 @@ from bake.execute.halves import sum_by_halves
 from bake.execute.plain.desk import Desk
 from bake.execute.plain.rounding import UNIT, Floats, TooLarge, narrow, narrow_each, settle, widen
 from bake.execute.survival import NOTHING, Survival, sampled
-from bake.io.arrays import read_array, stored_dtype, widened
+from bake.io.arrays import as_bytes, stored_dtype, widened
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
 from bake.plan.model import Stored, TensorPlan, Term
@@ -28,8 +28,8 @@ _AddUp = Callable[[NDArray[np.float64], Floats], NDArray[np.float64]]
 _UNIT64 = 2.0**-53
 _SMALLEST_NORM = 2.0**-50  # norms below it count as it: their products are lost in float32
 _NORM_MARGIN = 1 + 2.0**-10  # for the rounding of the norms, and of what is made of them
-_PIECE_ELEMENTS = 64 * 1024  # that are rounded at a time: their buffers stay in a core's cache
-_WIDE_ELEMENTS = 256 * 1024  # that are multiplied in float64 at a time
+_PIECE_ELEMENTS = 128 * 1024  # that are multiplied and rounded at a time: their buffers stay in a core's cache
+_RANKS_AT_ONCE = 64  # that are multiplied in float32: the more, the more is lost
 # With more undecided elements than this, of all, float64 for all products is cheaper.
 _DENSE_SHARE = 1 / 80
 _DENSE_SHARE_COMPILED = 1 / 16
@@ -52,12 +52,12 @@ class Sum:
 
         stored: the base's rows as they lie in the file. out: likewise of the output. Raises TooLarge.
         """
-        update = self._update(stored.shape, first, desk) if self._groups else None
+        update = desk.array("update", np.float32, stored.shape) if self._groups else None
         height = max(1, _PIECE_ELEMENTS // max(1, self._columns))
         undecided = []
         for begin in range(0, len(stored), height):
             rows = slice(begin, begin + height)
-            mine = None if update is None else update[rows]
+            mine = None if update is None else self._update(update[rows], first + begin, desk)
             places = self._round(stored[rows], mine, out[rows], first + begin, desk)
             undecided.append(places + begin * self._columns)
         if update is None:
@@ -68,31 +68,27 @@ class Sum:
         self._is_dense = self._is_dense or len(places) > stored.size * limit
         return self._survival(stored, update, out, first, desk)
 
-    def _update(self, shape: tuple[int, ...], first: int, desk: Desk) -> Floats:
-        """The sum of all products for the rows from `first` on, in any order."""
-        update = desk.array("update", np.float32, shape)
+    def _update(self, update: Floats, first: int, desk: Desk) -> Floats:
+        """`update`, of the rows from `first` on, set to the sum of all products, in any order."""
         if not self._is_dense:
-            self._products(update, first)
-            return update
-        height = max(1, _WIDE_ELEMENTS // max(1, self._columns))
-        for begin in range(0, len(update), height):
-            some = update[begin : begin + height]
-            wide = desk.array("wide", np.float64, some.shape)
-            self._products(wide, first + begin)
-            np.copyto(some, wide, casting="same_kind")
+            self._products(update, first, desk)
+        else:
+            wide = desk.array("wide", np.float64, update.shape)
+            self._products(wide, first, desk)
+            np.copyto(update, wide, casting="same_kind")
         return update
 
-    def _products(self, update: NDArray[Any], first: int) -> None:
+    def _products(self, update: NDArray[Any], first: int, desk: Desk) -> None:
         """Set `update`, of the rows from `first` on, to the sum of all products, in its dtype."""
         rows = range(first, first + len(update))
         if len(self._groups) == 1 and self._groups[0].covers(rows, self._columns):
-            left, right = self._groups[0].factors(update.dtype)
-            np.matmul(left[self._groups[0].own(rows)], right, out=update)
+            self._groups[0].multiply(rows, update, desk)
             return
         update.fill(0)
         for group in self._groups:
-            left, right = group.factors(update.dtype)
-            update[group.inside(rows), group.across] += left[group.own(rows)] @ right
+            own = desk.array("own", update.dtype, update[group.inside(rows), group.across].shape)
+            group.multiply(rows, own, desk)
+            update[group.inside(rows), group.across] += own
 
     def _round(
         self, stored: NDArray[Any], update: Floats | None, out: NDArray[np.uint16], first: int, desk: Desk
@@ -132,7 +128,8 @@ class Sum:
         """
         if self._is_dense:
             return UNIT + self._lost_in_float64
-        return (sum(group.rank for group in self._groups) + len(self._groups) + 3) * UNIT
+        longest = max(group.longest + len(group.shares) for group in self._groups)
+        return (longest + len(self._groups) + 3) * UNIT
 
     @property
     def _lost_in_float64(self) -> float:
@@ -214,6 +211,9 @@ class _Group:
         self._left = _joined([left for left, _ in pairs], axis=1)
         self._right = _joined([right for _, right in pairs], axis=0)
         self.rank = len(self._right)
+        count = max(1, -(-self.rank // _RANKS_AT_ONCE))
+        self.longest = -(-self.rank // count)
+        self.shares = [slice(place * self.longest, (place + 1) * self.longest) for place in range(count)]
         self.tall, self.wide = _norms(pairs)
 
     def covers(self, rows: range, columns: int) -> bool:
@@ -231,9 +231,19 @@ class _Group:
         shift = rows.start - self._rows[0]
         return slice(inside.start + shift, inside.stop + shift)
 
-    def factors(self, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """(left, right) in float32 or float64."""
-        return self._in_float32 if dtype == np.float32 else (self._left, self._right64)
+    def multiply(self, rows: range, out: NDArray[Any], desk: Desk) -> None:
+        """Set `out` to the products for these rows of the tensor, in its dtype.
+
+        In float32 so many ranks at a time that little is lost.
+        """
+        left, right = self._in_float32 if out.dtype == np.float32 else (self._left, self._right64)
+        left = left[self.own(rows)]
+        first, *others = self.shares if out.dtype == np.float32 else [slice(None)]
+        np.matmul(left[:, first], right[first], out=out)
+        for ranks in others:
+            more = desk.array("more", np.float32, out.shape)
+            np.matmul(left[:, ranks], right[ranks], out=more)
+            np.add(out, more, out=out)
 
     @cached_property
     def _in_float32(self) -> tuple[Floats, Floats]:
@@ -311,8 +321,12 @@ def _joined(arrays: list[NDArray[Number]], axis: int) -> NDArray[Number]:
 
 
 def _load(stored: Stored, files: FileSet) -> Floats:
+    values = np.empty(as_matrix(stored.shape), np.float32)
+    raw = np.empty(values.shape, stored_dtype(stored.dtype))
     with files.using(stored.input) as file:
-        return read_array(file, stored.span[0], stored.dtype, as_matrix(stored.shape), np.float32)
+        file.read_into(stored.span[0], as_bytes(raw))
+    widen(raw, stored.dtype, values)
+    return values
 
 
 def _norms(pairs: Sequence[tuple[Doubles, Floats]]) -> tuple[Floats, Floats]:
