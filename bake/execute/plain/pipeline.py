@@ -23,7 +23,7 @@ from bake.io.journal import Digest
 from bake.keys.factors import as_matrix
 from bake.plan.model import Plan, TensorPlan
 
-_BLOCK_ELEMENTS = 1024 * 1024  # that are read, multiplied and written at a time, where memory allows
+_BLOCK_ELEMENTS = 2 * 1024 * 1024  # that are read, multiplied and written at a time, where memory allows
 _SMALLEST_BLOCK = 64 * 1024
 _FIRST_BLOCK = 16 * 1024  # of a tensor, from which the work learns which way is cheaper
 _BYTES_PER_ELEMENT = 20  # of a block: stored values in and out, the update in float32 and float64, what rounding needs
