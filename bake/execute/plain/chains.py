@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 
 from bake.execute.plain.desk import Desk
 from bake.execute.plain.rounding import Floats, TooLarge, narrow, narrow_all, widen
-from bake.execute.plain.updates import Doubles, is_known, update_of
+from bake.execute.plain.updates import KNOWN, Doubles, update_of
 from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.arrays import as_bytes, read_array, stored_dtype
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix, is_plain
 from bake.plan.model import TensorPlan, Term
 
-_TILE_ELEMENTS = 32 * 1024  # three tiles in float64 stay in a core's cache
+_TILE_ELEMENTS = 48 * 1024  # three tiles in float64 stay in a core's cache
 
 
 def is_chain(terms: Sequence[Term]) -> bool:
     """True if the terms can be applied here. Sums of LoRAs cannot: those are defined to the last bit."""
     if all(is_plain(term.algorithm, term.factors) for term in terms):
         return False
-    return all(is_known(term.algorithm, term.factors.keys() - {"magnitude"}) for term in terms)
+    return all(term.algorithm in KNOWN for term in terms)
 
 
 class Chained:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,11 +19,7 @@ Factors = Mapping[str, Doubles]
 
 _SETTLED = 1024 * 1024  # elements that a product may have to be made once and kept
 
-_FACTORS = {
-    "lora": {"up", "down", "mid"},
-    "loha": {"w1_a", "w1_b", "t1", "w2_a", "w2_b", "t2"},
-    "lokr": {"kron_w1", "kron_w1_a", "kron_w1_b", "kron_w2", "kron_w2_a", "kron_w2_b", "kron_t2"},
-}
+KNOWN = ("lora", "loha", "lokr")  # with all factors that they may have
 
 
 class Update(Protocol):
@@ -36,13 +32,8 @@ class Update(Protocol):
         """
 
 
-def is_known(algorithm: str, factors: Collection[str]) -> bool:
-    """True if `update_of` has this algorithm; factors: their names, without a DoRA magnitude."""
-    return set(factors) <= _FACTORS.get(algorithm, set())
-
-
 def update_of(term: Term, files: FileSet, scale: float) -> Update:
-    """The update of a term whose algorithm `is_known`, times `scale`, oriented as the tensor is."""
+    """The update of a term whose algorithm is KNOWN, times `scale`, oriented as the tensor is."""
     factors = {name: _load(term, name, files) for name in term.factors if name != "magnitude"}
     if term.algorithm == "lora":
         return _Product(term, factors, scale)
@@ -118,7 +109,8 @@ class _Matrix:
             self._left = np.ascontiguousarray(matrix.T) if transposed else matrix
             return
         a, b = (factors[f"kron_{name}_{side}"] for side in "ab")
-        left, right = _oriented(*_factored(a * times, b, factors.get(f"kron_{name.replace('w', 't')}")), transposed)
+        core = factors.get("kron_t2") if name == "w2" else None
+        left, right = _oriented(*_factored(a * times, b, core), transposed)
         if len(left) * right.shape[1] <= _SETTLED:
             self._left = left @ right
         else:
