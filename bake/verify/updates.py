@@ -46,9 +46,8 @@ class _Applied:
         """Contiguous rows, in memory of their own."""
         values, term = self._before(rows), self._term
         places = np.arange(rows.start, rows.stop)
-        places = places[(places >= term.rows[0]) & (places < term.rows[1])]
-        region = np.ix_(places - rows.start, range(*term.columns))
-        values[region] = self._changed(values[region], places)
+        region = (places >= term.rows[0]) & (places < term.rows[1]), slice(*term.columns)
+        values[region] = self._changed(values[region], places[region[0]])
         return values
 
     def _changed(self, old: Doubles, places: NDArray[np.intp]) -> Doubles:
@@ -129,7 +128,7 @@ class _Update:
         (small, large), w2 = self._matrices, self._factors.get("kron_w2")
         if not self._term.settings.get("swapped") or w2 is None:
             bands, places = np.divmod(numbers, large.height)
-            product = np.einsum("na,nb->nab", small(bands), large(places))
+            product: Doubles = np.einsum("na,nb->nab", small(bands), large(places))
         else:
             bands, places = np.divmod(numbers, small.height)
             taps = large(bands).reshape(len(numbers), w2.shape[1], -1)

@@ -182,7 +182,9 @@ class _Worker:
                 self._work = Chained(tensor, self._task.files, self._desk, self._shift.check)
         return self._work
 
-    def _pass(self, tensor: TensorPlan, work: Sum | Chained, first: int, shape: tuple[int, int], digest: Digest) -> Survival:
+    def _pass(
+        self, tensor: TensorPlan, work: Sum | Chained, first: int, shape: tuple[int, int], digest: Digest
+    ) -> Survival:
         """Read, compute and write the rows from `first` on."""
         source = tensor.source
         stored = self._desk.array("stored", stored_dtype(source.dtype), shape)

@@ -1,4 +1,4 @@
-"""Additive updates by NumPy, in float64: any rows of them, added in place. `bake.adapters` has the formulas' sources."""
+"""Additive updates by NumPy, in float64: any rows of them, added in place. `bake.adapters` has their sources."""
 
 from __future__ import annotations
 
