@@ -47,7 +47,8 @@ class _Applied:
         values, term = self._before(rows), self._term
         places = np.arange(rows.start, rows.stop)
         region = (places >= term.rows[0]) & (places < term.rows[1]), slice(*term.columns)
-        values[region] = self._changed(values[region], places[region[0]])
+        if region[0].any():
+            values[region] = self._changed(values[region], places[region[0]])
         return values
 
     def _changed(self, old: Doubles, places: NDArray[np.intp]) -> Doubles:
