@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from support import random, save
 
+from bake.errors import NonFinite
 from bake.execute.chunk import Chunk
 from bake.execute.device import Desk as TorchDesk
 from bake.execute.device import Device
@@ -380,6 +382,22 @@ def test_what_is_no_number_or_too_large_is_left_to_torch(tmp_path: Path, name: s
     weight = 1e300 if place == "weight" else term.weight
     with pytest.raises(TooLarge):
         Scene(tmp_path, base, [Given(term.algorithm, arrays, weight, axis=term.axis)], tag).run()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_rows_too_long_to_be_measured_do_not_become_zero(tmp_path: Path, axis: int, weight: float) -> None:
+    arrays = {name: np.full(array.shape, 1e38, np.float32) for name, array in hada().items()}
+    magnitude = sizes((HEIGHT, WIDTH)[axis])
+    base = random(0, HEIGHT, WIDTH).astype(np.float32)
+    scene = Scene(tmp_path, base, [Given("loha", arrays | magnitude, weight, axis=axis)], "BF16")
+    scene.check()
+    terms = (dataclasses.replace(scene.plan.terms[0], scale=1e20),)
+    scene.plan = dataclasses.replace(scene.plan, terms=terms)
+    with pytest.raises(TooLarge):
+        scene.run()
+    with pytest.raises(NonFinite, match="the update is not finite"):
+        scene.run_torch()
 
 
 def test_what_cannot_be_applied_here_is_told_from_what_can() -> None:
