@@ -1,4 +1,4 @@
-"""The part of a run that computes plain sums on the processor: which they are, and the workers that make them."""
+"""The part of a run that needs no torch: which tensors it can make, and the workers that make them."""
 
 from __future__ import annotations
 
