@@ -68,7 +68,7 @@ def loops(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["numpy", "torch"])
 def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The part of bake that makes plain sums on the processor, once without and once with torch."""
+    """The part of bake that computes on the processor, once without and once with torch."""
     if request.param == "torch":
         monkeypatch.setattr(plain_pipeline, "suits", lambda plan, device: False)
     return str(request.param)

@@ -19,11 +19,12 @@ EPSILON = torch.finfo(torch.float32).eps
 def shares(magnitude: Tensor, norms: Tensor, *, strength: float, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return how much of V and how much of W is in W', for each row or channel, in the shape and dtype of `norms`.
 
-    magnitude: as many numbers, of any shape. norms: n. epsilon: added to norms that are not 0.
+    magnitude: as many numbers, of any shape. norms: n. epsilon: added to norms that are not 0. NaN where n is infinite.
     Source: arXiv:2402.09353, eq. 5; LyCORIS functional/general.py, PEFT tuners/lora/dora.py.
     """
     shapeless = norms == 0  # a NaN has to show
     gain = strength * (magnitude.reshape(norms.shape).to(norms.dtype) / (norms + epsilon))
+    gain.masked_fill_(norms.isinf(), torch.nan)  # what is too long to be measured must not become 0
     return gain.masked_fill_(shapeless, 0.0), torch.full_like(gain, 1 - strength).masked_fill_(shapeless, 1.0)
 
 

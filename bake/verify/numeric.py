@@ -19,6 +19,7 @@ from bake.plan.model import Plan, Stored, TensorPlan, Term
 from bake.verify.report import Report
 from bake.verify.rounding import Doubles, Rule, round_once, spacing
 from bake.verify.scales import Scales
+from bake.verify.updates import is_simple, rows_after
 
 _BLOCK_ELEMENTS = 256 * 1024
 _MAX_WORKERS = 8
@@ -203,7 +204,9 @@ class _Reference:
         self._pairs = [self._pair(term) if self._is_plain else None for term in plan.terms]
         self._scale = None if plan.scale is None else self._whole(plan.scale).reshape(-1, 1)
         self._chain: Callable[[range], Doubles] | None = None
-        if not self._is_plain:
+        if not self._is_plain and is_simple(plan.terms):
+            self._chain = rows_after(plan, files, self.base_rows)
+        elif not self._is_plain:
             from bake.verify.chains import chain_of  # brings torch
 
             self._chain = chain_of(plan, files, self.base_rows)

@@ -165,7 +165,10 @@ def test_a_large_tensor_is_shared_by_the_workers(tmp_path: Path, lane: str, monk
     base = save(tmp_path / "base.safetensors", {"a.weight": random(0, 97, 20).astype(np.float16)})
     lora = save(tmp_path / "lora.safetensors", peft_lora({"a.weight": (97, 20)}, ["a.weight"]))
     fuse(base, [lora], tmp_path / "out.safetensors", threads=3, verify="full")
-    assert len(made) == (10 if lane == "numpy" else 1)  # processes share nothing: each part loads the factors
+    if lane == "numpy":  # processes share nothing: each loads the factors, once for all of its parts
+        assert 1 <= len(made) == len(set(made)) <= 3
+    else:
+        assert len(made) == 1
 
 
 @pytest.mark.usefixtures("lane")

@@ -1,4 +1,4 @@
-"""The part of a run that computes plain sums on the processor: which they are, and the workers that make them."""
+"""The part of a run that needs no torch: which tensors it can make, and the workers that make them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from bake.execute.output import Output
 from bake.execute.parts import Part, parts_of
+from bake.execute.plain.chains import Chained, is_chain
 from bake.execute.plain.crew import Shift, start_crew
 from bake.execute.plain.desk import Desk
 from bake.execute.plain.rounding import TooLarge
@@ -65,15 +66,20 @@ def _computed(plan: Plan) -> Iterator[TensorPlan]:
 
 
 def _is_plain(tensor: TensorPlan) -> bool:
-    """True for sums of LoRAs, and for other dtypes, in 16 bits."""
+    """True for sums of LoRAs, for chains of what is no such sum, and for other dtypes, in 16 bits."""
     is_special = tensor.scale is not None or tensor.is_rescaled or tensor.is_padded or tensor.replaced
     return (
         not is_special
         and tensor.dtype in ("F16", "BF16")
         and tensor.source.dtype in _STORED
-        and all(term.algorithm == "lora" and term.factors.keys() == {"up", "down"} for term in tensor.terms)
+        and (_is_sum(tensor) or is_chain(tensor.terms))
         and all(stored.dtype in _STORED for term in tensor.terms for stored in term.factors.values())
     )
+
+
+def _is_sum(tensor: TensorPlan) -> bool:
+    """True for sums of LoRAs, also of none."""
+    return all(term.algorithm == "lora" and term.factors.keys() == {"up", "down"} for term in tensor.terms)
 
 
 class PlainRun:
@@ -143,6 +149,7 @@ class _Worker:
         self._task, self._shift, self._elements = task, shift, elements
         self._desk = Desk()
         self._output = output
+        self._work: Sum | Chained | None = None
 
     def carry(self, part: Part) -> Survival:
         """Finish these rows of their tensor; what survived of their update. Raises TooLarge."""
@@ -153,18 +160,31 @@ class _Worker:
             self._shift.advance(span.end - span.begin)
             return Survival.from_numbers(measured)
         digest = journal.digest()
-        work = Sum(part.tensor, self._task.files, self._task.plan.rounding == "fast")
+        work = self._work_on(part.tensor)
         columns, survival = as_matrix(part.tensor.view)[1], NOTHING
         first, elements = part.rows.start, _FIRST_BLOCK
         while first < part.rows.stop:
             self._shift.check()
-            height = min(part.rows.stop - first, max(1, elements // max(1, columns)))
+            height = elements // max(1, columns) // work.grain * work.grain
+            height = min(part.rows.stop - first, max(work.grain, height))
             survival += self._pass(part.tensor, work, first, (height, columns), digest)
             first, elements = first + height, self._elements
         journal.note(span, digest, survival.numbers)
         return survival
 
-    def _pass(self, tensor: TensorPlan, work: Sum, first: int, shape: tuple[int, int], digest: Digest) -> Survival:
+    def _work_on(self, tensor: TensorPlan) -> Sum | Chained:
+        """What is to be done to it: that of the part before, if it is of the same tensor."""
+        if self._work is None or self._work.plan is not tensor:
+            self._work = None  # its factors make room for the next one's
+            if _is_sum(tensor):
+                self._work = Sum(tensor, self._task.files, self._task.plan.rounding == "fast")
+            else:
+                self._work = Chained(tensor, self._task.files, self._desk, self._shift.check)
+        return self._work
+
+    def _pass(
+        self, tensor: TensorPlan, work: Sum | Chained, first: int, shape: tuple[int, int], digest: Digest
+    ) -> Survival:
         """Read, compute and write the rows from `first` on."""
         source = tensor.source
         stored = self._desk.array("stored", stored_dtype(source.dtype), shape)

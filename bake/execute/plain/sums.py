@@ -40,6 +40,8 @@ _GATHERED = 64 * 1024  # factors that are gathered at a time, for elements that 
 class Sum:
     """One tensor, ready for any rows of it."""
 
+    grain = 1  # how many rows have to be worked on together
+
     def __init__(self, plan: TensorPlan, files: FileSet, is_fast: bool) -> None:
         """Load the factors. is_fast: float32 decides alone."""
         self.plan = plan

@@ -78,6 +78,75 @@ def test_bfloat16_from_float32_too(tmp_path: Path, lane: str) -> None:
     assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 
 
+def chained_adapters(folder: Path) -> list[Path]:
+    """DoRA by rows around a LoHa and by columns around a LoKr; and a LoRA for the same and other modules."""
+    (one, other), shapes = list(SD1_MODULES.items())[:2], small("sd1")
+    (height, width), (tall, wide) = shapes[one[1]], shapes[other[1]]
+    factors = {
+        f"{one[0]}.hada_w1_a": (height, 2),
+        f"{one[0]}.hada_w1_b": (2, width),
+        f"{one[0]}.hada_w2_a": (height, 2),
+        f"{one[0]}.hada_w2_b": (2, width),
+        f"{one[0]}.dora_scale": (height, 1),
+        f"{other[0]}.lokr_w1": (2, 2),
+        f"{other[0]}.lokr_w2": (tall // 2, wide // 2),
+        f"{other[0]}.dora_scale": (1, wide),
+    }
+    arrays = {name: random(seed, *shape, spread=0.3) for seed, (name, shape) in enumerate(factors.items())}
+    return [
+        save(folder / "chained.safetensors", {name: array.astype(np.float16) for name, array in arrays.items()}),
+        save(folder / "lora.safetensors", kohya_lora(shapes)[0]),
+    ]
+
+
+@linux
+def test_chains_need_no_torch_and_give_its_bytes(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base.safetensors")
+    words = ["fuse", base, "--device", "cpu"]
+    for adapter in chained_adapters(tmp_path):
+        words += ["-l", f"{adapter}:0.7"]
+    few_elements = "from bake.execute.plain import chains, pipeline; chains._TILE_ELEMENTS = 640\n"
+    in_parts = few_elements + "from bake.execute import parts; parts._PART_ELEMENTS = 900\n"
+    small_blocks = (
+        few_elements + "pipeline._FIRST_BLOCK = 1; pipeline._SMALLEST_BLOCK = pipeline._BLOCK_ELEMENTS = 1000\n"
+    )
+    runs = [
+        (NO_TORCH + NO_THREADS, ()),
+        (NO_TORCH + NO_THREADS + in_parts, ("--threads", "3", "--verify", "full")),
+        (NO_TORCH + NO_THREADS + small_blocks, ("--threads", "1", "--memory", "1MB")),
+        (NO_NUMPY, ()),
+    ]
+    outputs = []
+    for number, (changes, options) in enumerate(runs):
+        output = tmp_path / f"{number}.safetensors"
+        done = changed_bake(changes, *words, "-o", output, *options, OPENBLAS_NUM_THREADS="1")
+        assert done.code == 0, done.err
+        outputs.append(output.read_bytes())
+    assert len(set(outputs)) == 1
+    verified = changed_bake(NO_TORCH, "verify", tmp_path / "0.safetensors", "--full", "--json")
+    assert verified.code == 0, verified.err
+    assert verified.json["equal"] == verified.json["elements"] > 0
+
+
+@pytest.mark.parametrize("place", ["base", "factor"])
+def test_a_chain_with_what_is_no_number_is_refused_in_the_usual_words(
+    tmp_path: Path, given_to_torch: list[Any], place: str
+) -> None:
+    """By columns every part of the tensor meets it, also those that do not hold it."""
+    module, name = list(SD1_MODULES.items())[1]
+    height, width = small("sd1")[name]
+    base, up = random_arrays(small("sd1")), random(1, height, 2).astype(np.float16)
+    (base[name] if place == "base" else up)[-1, 0] = np.inf
+    arrays = {"lora_up.weight": up, "lora_down.weight": random(2, 2, width), "dora_scale": np.ones((1, width))}
+    factors = {f"{module}.{name}": array.astype(np.float16) for name, array in arrays.items()}
+    words = (save(tmp_path / "base.safetensors", base), [save(tmp_path / "dora.safetensors", factors)])
+    with pytest.raises(NonFinite, match="the base holds NaN" if place == "base" else "an adapter holds NaN") as caught:
+        fuse(*words, tmp_path / "out.safetensors", device="cpu")
+    assert given_to_torch == [{("", name)}]
+    assert name in caught.value.message
+    assert not drafts(tmp_path)
+
+
 @pytest.fixture
 def given_to_torch(monkeypatch: pytest.MonkeyPatch) -> list[set[tuple[str, str]] | None]:
     """What each run leaves to torch: tensors; None for all."""
@@ -246,7 +315,7 @@ class TestWhatIsDoneWithoutTorch:
         fuse(base, [lora], tmp_path / "out.safetensors", dtype="fp16", device="cpu", verify="full")
 
     @pytest.mark.parametrize("added", ["diff", "lora_mid.weight", "dora_scale", "lora_up.weight", "reshape_weight"])
-    def test_sums_of_loras(self, tmp_path: Path, added: str) -> None:
+    def test_sums_of_loras_and_dora(self, tmp_path: Path, added: str) -> None:
         base = save_base(tmp_path / "base.safetensors")
         arrays, _ = kohya_lora(small("sd1"))
         module = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -265,7 +334,7 @@ class TestWhatIsDoneWithoutTorch:
             arrays[f"{module}.{added}"] = up.astype(np.float64)
         lora = save(tmp_path / "lora.safetensors", arrays)
         plan = build_plan(base, [lora])
-        assert not suits(plan, "cpu")
+        assert suits(plan, "cpu") == (added == "dora_scale")
         fuse(base, [lora], tmp_path / "out.safetensors", device="cpu", verify="full")
 
 
