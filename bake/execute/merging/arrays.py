@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bake.execute.merging.maths import is_narrow, pieces, refusal_of_model
 from bake.execute.plain.desk import Desk
-from bake.execute.plain.rounding import widen
+from bake.execute.plain.rounding import TooLarge, widen_all
 from bake.io.arrays import as_bytes, read_array, stored_dtype
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
@@ -72,11 +72,9 @@ class ArrayReader:
             file.read_into(begin, data)
             if self._forgets:
                 file.forget(begin, begin + len(data))
-        if stored.dtype == "BF16":
-            near = desk.array("near", np.float32, out.shape)
-            widen(raw, stored.dtype, near)
-            np.copyto(out, near)
-        else:
+        try:
+            widen_all(raw, stored.dtype, out, desk)
+        except TooLarge:  # some halves are not finite
             np.copyto(out, raw)
 
     def check(self, models: Sequence[Doubles], begin: int, end: int) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.execute.plain.desk import Desk
-from bake.execute.plain.rounding import Floats, TooLarge, narrow, narrow_all, widen
+from bake.execute.plain.rounding import TooLarge, narrow_all, widen_all
+from bake.execute.plain.survival import survival_of
 from bake.execute.plain.updates import KNOWN, Doubles, update_of
 from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.arrays import as_bytes, read_array, stored_dtype
@@ -85,39 +86,22 @@ class Chained:
     def _fuse(self, stored: NDArray[Any], out: NDArray[np.uint16], first: int, desk: Desk) -> Survival:
         """`fuse` for one tile."""
         values = self._widened(stored, desk)
-        before = desk.array("near", np.float32, stored.shape)[sampled(first)].copy()
+        before = values[sampled(first)].astype(np.float32)
         self._apply(values, range(first, first + len(stored)), desk)
         update = values[sampled(first)] - before
         narrow_all(values, self.plan.dtype, out.view(stored_dtype(self.plan.dtype)), desk)
-        return self._survival(before, update, out[sampled(first)], desk)
+        return survival_of(self.plan, update, before, out[sampled(first)], desk)
 
     def _widened(self, stored: NDArray[Any], desk: Desk) -> Doubles:
-        """The stored numbers in float64, and in float32 on the desk as "near"."""
-        near = desk.array("near", np.float32, stored.shape)
+        """The stored numbers in float64."""
         values = desk.array("values", np.float64, stored.shape)
-        widen(stored, self.plan.source.dtype, near)
-        np.copyto(values, near)
+        widen_all(stored, self.plan.source.dtype, values, desk)
         return values
 
     def _apply(self, values: Doubles, rows: range, desk: Desk) -> None:
         """Apply the steps that there are to these rows of the tensor."""
         for step in self._steps:
             step.apply(values, rows, desk)
-
-    def _survival(self, before: Floats, update: Doubles, out: NDArray[np.uint16], desk: Desk) -> Survival:
-        """What is left of the update of some rows."""
-        target = self.plan.dtype
-        if self.plan.source.dtype != target:  # what rounding the base loses is not the update's
-            bits = np.empty(before.shape, np.uint16)
-            narrow(before, target, bits, desk)
-            widen(bits.view(stored_dtype(target)), target, before)
-        written = np.empty_like(before)
-        widen(out.view(stored_dtype(target)), target, written)
-        written -= before
-        missing = update - written
-        return Survival(
-            float(np.vdot(update, update)), float(np.vdot(missing, missing)), float(np.vdot(update, written))
-        )
 
 
 class _Step(ABC):

@@ -58,6 +58,19 @@ def widen(stored: NDArray[np.generic], tag: str, out: Floats) -> None:
         np.multiply(out, _HALF_FACTOR, out=out)
 
 
+def widen_all(stored: NDArray[Any], tag: str, out: NDArray[np.float64], desk: Desk) -> None:
+    """`widen` to float64, for every dtype that NumPy knows and bfloat16."""
+    if kernels.compiled is not None and tag in ("F16", "BF16", "F32"):
+        if not kernels.compiled.widen(stored, tag, out):
+            raise TooLarge
+    elif tag == "F64":
+        np.copyto(out, stored)
+    else:
+        near = desk.array("near", np.float32, stored.shape)
+        widen(stored, tag, near)
+        np.copyto(out, near)
+
+
 def settle(
     stored: NDArray[Any],
     source: str,

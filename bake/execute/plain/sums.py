@@ -15,6 +15,7 @@ from bake.execute import kernels
 from bake.execute.halves import sum_by_halves
 from bake.execute.plain.desk import Desk
 from bake.execute.plain.rounding import UNIT, Floats, TooLarge, narrow, narrow_each, settle, widen
+from bake.execute.plain.survival import survival_of
 from bake.execute.survival import NOTHING, Survival, sampled
 from bake.io.arrays import as_bytes, stored_dtype, widened
 from bake.io.fileset import FileSet
@@ -189,20 +190,10 @@ class Sum:
     ) -> Survival:
         """What is left of the update in every 16th row of the tensor."""
         rows = sampled(first)
-        source, target = self.plan.source.dtype, self.plan.dtype
         wanted = update[rows].astype(np.float32)
-        before, written = np.empty_like(wanted), np.empty_like(wanted)
-        widen(np.ascontiguousarray(stored[rows]), source, before)
-        if source != target:  # what rounding the base loses is not the update's
-            bits = np.empty(before.shape, np.uint16)
-            narrow(before, target, bits, desk)
-            widen(bits.view(stored_dtype(target)), target, before)
-        widen(np.ascontiguousarray(out[rows]).view(stored_dtype(target)), target, written)
-        written -= before
-        missing = wanted - written
-        return Survival(
-            float(np.vdot(wanted, wanted)), float(np.vdot(missing, missing)), float(np.vdot(wanted, written))
-        )
+        before = np.empty_like(wanted)
+        widen(np.ascontiguousarray(stored[rows]), self.plan.source.dtype, before)
+        return survival_of(self.plan, wanted, before, out[rows], desk)
 
 
 class _Group:
