@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,13 +75,42 @@ class Loops(Protocol):
         """
 
 
-def _found() -> Loops | None:
+class Products(Protocol):
+    """What bake/execute/_products.c offers, likewise."""
+
+    DEPTH: int
+    """Products that are added up before they are added to the others."""
+
+    def fuse(
+        self,
+        left: NDArray[np.float32],
+        right: NDArray[np.float32],
+        stored: NDArray[Any],
+        source: str,
+        tall: NDArray[np.float32],
+        wide: NDArray[np.float32],
+        target: str,
+        out: NDArray[np.uint16],
+        places: NDArray[np.intp],
+        samples: NDArray[np.float32],
+        sample: int,
+        step: int,
+        /,
+    ) -> int:
+        """Round stored + left @ right; how many `places` are open, or -1 if a number may be too large.
+
+        tall, wide: as for `Loops.settle`. samples: set to the update of row `sample` and every `step`-th after it.
+        """
+
+
+def _found(name: str) -> Any:
     if os.environ.get("BAKE_KERNELS") == "numpy":  # for comparing the two
         return None
     try:
-        return cast(Loops, importlib.import_module("bake.execute._kernels"))
+        return importlib.import_module(f"bake.execute.{name}")
     except ImportError:
         return None
 
 
-compiled = _found()
+compiled: Loops | None = _found("_kernels")
+products: Products | None = _found("_products")  # not for every compiler that makes the others

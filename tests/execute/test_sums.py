@@ -40,6 +40,7 @@ from bake.verify.rounding import round_once
 TAGS = {"F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 STORED = {**TAGS, "F32": torch.float32, "F64": torch.float64}
 PAIRS = ((1, 1), (2, -1))
+KINDS = ((), ("compiled",), ("compiled", "products"))  # of loops in C, where they were built
 TOO_LARGE = {"F16": 2.0**15, "BF16": 2.0**100}  # what NumPy may leave to torch
 
 
@@ -123,9 +124,9 @@ class Bench:
             for step in steps:
                 assert self.run(step * width) == due
         if _is_plain(self.plan):
-            for step, loops in itertools.product(steps, {None, kernels.compiled}):
+            for step, kind in itertools.product(steps, KINDS):
                 try:
-                    assert self.run_plain(step, loops=loops)[0] == due
+                    assert self.run_plain(step, kind=kind)[0] == due
                 except TooLarge:
                     assert self.largest() >= TOO_LARGE[self.tag]
 
@@ -144,7 +145,8 @@ class Bench:
         lying = raw.view(torch.int16).numpy().view(np.uint16) if self.source == "BF16" else raw.numpy()
         survival = NOTHING
         with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "compiled", loops)
+            for name in {"compiled", "products"} - set(kind):
+                patch.setattr(kernels, name, None)
             for first in range(0, len(out), step):
                 rows = slice(first, first + step)
                 survival += work.fuse(lying[rows], out[rows], first, desk)

@@ -16,7 +16,7 @@ from bake.execute.halves import sum_by_halves
 from bake.execute.plain.desk import Desk
 from bake.execute.plain.rounding import UNIT, Floats, TooLarge, narrow, narrow_each, settle, widen
 from bake.execute.plain.survival import survival_of
-from bake.execute.survival import NOTHING, Survival, sampled
+from bake.execute.survival import NOTHING, SAMPLED_ROWS, Survival, sampled
 from bake.io.arrays import as_bytes, stored_dtype, widened
 from bake.io.fileset import FileSet
 from bake.keys.factors import as_matrix
@@ -49,6 +49,7 @@ class Sum:
         self._is_fast = is_fast
         self._columns = as_matrix(plan.view)[1]
         self._groups = [_Group(list(terms), files) for _, terms in itertools.groupby(plan.terms, key=_region)]
+        self._cuts = sorted({place for group in self._groups for place in group.rows})
         self._is_dense = False  # float64 has turned out to be cheaper
 
     def fuse(self, stored: NDArray[Any], out: NDArray[np.uint16], first: int, desk: Desk) -> Survival:
@@ -56,6 +57,18 @@ class Sum:
 
         stored: the base's rows as they lie in the file. out: likewise of the output. Raises TooLarge.
         """
+        last, survival = first + len(stored), NOTHING
+        for begin, end in itertools.pairwise([first, *(place for place in self._cuts if first < place < last), last]):
+            rows = slice(begin - first, end - first)
+            survival += self._fuse(stored[rows], out[rows], begin, desk)
+        return survival
+
+    def _fuse(self, stored: NDArray[Any], out: NDArray[np.uint16], first: int, desk: Desk) -> Survival:
+        """`fuse` for rows on which the same groups are."""
+        group = self._only(range(first, first + len(stored)))
+        is_usual = group is not None and group.rank > 0 and not self._is_fast and not self._is_dense
+        if group is not None and is_usual and kernels.compiled is not None and kernels.products is not None:
+            return self._fuse_at_once(kernels.products, group, stored, out, first, desk)
         update = desk.array("update", np.float32, stored.shape) if self._groups else None
         height = max(1, _PIECE_ELEMENTS // max(1, self._columns))
         together = height * -(-_ROWS_AT_ONCE // height)
@@ -68,10 +81,37 @@ class Sum:
             undecided.append(places + begin * self._columns)
         if update is None:
             return NOTHING
-        places = np.concatenate(undecided)
-        self._recompute(places, stored, out, first)
-        limit = _DENSE_SHARE if kernels.compiled is None else _DENSE_SHARE_COMPILED
-        self._is_dense = self._is_dense or len(places) > stored.size * limit
+        self._recompute(np.concatenate(undecided), stored, out, first)
+        return self._survival(stored, update[sampled(first)], out, first, desk)
+
+    def _only(self, rows: range) -> _Group | None:
+        """The group that updates these rows, if it is one and updates all of them."""
+        groups = [group for group in self._groups if group.reaches(rows)]
+        return groups[0] if len(groups) == 1 and groups[0].covers(rows, self._columns) else None
+
+    def _fuse_at_once(
+        self,
+        products: kernels.Products,
+        group: _Group,
+        stored: NDArray[Any],
+        out: NDArray[np.uint16],
+        first: int,
+        desk: Desk,
+    ) -> Survival:
+        """`fuse` by one loop that multiplies, adds and rounds."""
+        rows = range(first, first + len(stored))
+        left, right = group.factors(rows)
+        tall = group.tall[group.own(rows)] * np.float32(_lost_in_float32(group.rank, products.DEPTH, 1))
+        places = desk.array("places", np.intp, (stored.size,))
+        sample = -first % SAMPLED_ROWS
+        update = np.empty((len(range(sample, len(stored), SAMPLED_ROWS)), self._columns), np.float32)
+        source, target = self.plan.source.dtype, self.plan.dtype
+        count = products.fuse(
+            *(left, right, stored, source, tall, group.wide, target, out, places, update, sample, SAMPLED_ROWS)
+        )
+        if count < 0:
+            raise TooLarge
+        self._recompute(places[:count], stored, out, first)
         return self._survival(stored, update, out, first, desk)
 
     def _update(self, update: Floats, first: int, desk: Desk) -> None:
@@ -86,8 +126,9 @@ class Sum:
     def _products(self, update: NDArray[Any], first: int, desk: Desk) -> None:
         """Set `update`, of the rows from `first` on, to the sum of all products, in its dtype."""
         rows = range(first, first + len(update))
-        if len(self._groups) == 1 and self._groups[0].covers(rows, self._columns):
-            self._groups[0].multiply(rows, update, desk)
+        only = self._only(rows)
+        if only is not None:
+            only.multiply(rows, update, desk)
             return
         update.fill(0)
         for group in self._groups:
@@ -116,9 +157,9 @@ class Sum:
         As `settle` wants it: of every row and of every column, or of every element.
         """
         rows, share = range(first, first + shape[0]), np.float32(self._lost_share)
-        if len(self._groups) == 1 and self._groups[0].covers(rows, self._columns):
-            (group,) = self._groups
-            return group.tall[group.own(rows)] * share, group.wide
+        only = self._only(rows)
+        if only is not None:
+            return only.tall[only.own(rows)] * share, only.wide
         bound = desk.array("bounds", np.float32, shape)
         bound.fill(_SMALLEST_NORM**2 * share)
         for group in self._groups:
@@ -133,8 +174,7 @@ class Sum:
         """
         if self._is_dense:
             return UNIT + self._lost_in_float64
-        longest = max(group.longest + len(group.shares) for group in self._groups)
-        return (longest + len(self._groups) + 3) * UNIT
+        return max(_lost_in_float32(group.rank, _RANKS_AT_ONCE, len(self._groups)) for group in self._groups)
 
     @property
     def _lost_in_float64(self) -> float:
@@ -142,8 +182,10 @@ class Sum:
         return (sum(group.rank for group in self._groups) + len(self._groups) + 2) * 2 * _UNIT64
 
     def _recompute(self, places: NDArray[np.intp], stored: NDArray[Any], out: NDArray[np.uint16], first: int) -> None:
-        """Set the elements at these flat places to what they are by definition."""
+        """Set the elements at these flat places to what they are by definition; if they are many, note that."""
         loops = kernels.compiled
+        limit = _DENSE_SHARE if loops is None else _DENSE_SHARE_COMPILED
+        self._is_dense = self._is_dense or len(places) > stored.size * limit
         if loops is None:
             self._recompute_with_numpy(places, stored, out, first)
             return
@@ -186,14 +228,12 @@ class Sum:
         return update, norms * self._lost_in_float64 + np.abs(update) * (4 * _UNIT64)
 
     def _survival(
-        self, stored: NDArray[Any], update: NDArray[Any], out: NDArray[np.uint16], first: int, desk: Desk
+        self, stored: NDArray[Any], update: Floats, out: NDArray[np.uint16], first: int, desk: Desk
     ) -> Survival:
-        """What is left of the update in every 16th row of the tensor."""
-        rows = sampled(first)
-        wanted = update[rows].astype(np.float32)
-        before = np.empty_like(wanted)
-        widen(np.ascontiguousarray(stored[rows]), self.plan.source.dtype, before)
-        return survival_of(self.plan, wanted, before, out[rows], desk)
+        """What is left of the update, which is given in every 16th row of the tensor."""
+        before = np.empty(update.shape, np.float32)
+        widen(np.ascontiguousarray(stored[sampled(first)]), self.plan.source.dtype, before)
+        return survival_of(self.plan, update, before, out[sampled(first)], desk)
 
 
 class _Group:
@@ -201,42 +241,49 @@ class _Group:
 
     def __init__(self, terms: Sequence[Term], files: FileSet) -> None:
         pairs = [_pair(term, files) for term in terms]
-        self._rows = terms[0].rows
+        self.rows = terms[0].rows
         self.across = slice(*terms[0].columns)
         self._left = _joined([left for left, _ in pairs], axis=1)
         self._right = _joined([right for _, right in pairs], axis=0)
         self.rank = len(self._right)
-        count = max(1, -(-self.rank // _RANKS_AT_ONCE))
-        self.longest = -(-self.rank // count)
-        self.shares = [slice(place * self.longest, (place + 1) * self.longest) for place in range(count)]
         self.tall, self.wide = _norms(pairs)
+
+    def reaches(self, rows: range) -> bool:
+        """True if some of these rows of the tensor are updated."""
+        return self.rows[0] < rows.stop and rows.start < self.rows[1]
 
     def covers(self, rows: range, columns: int) -> bool:
         """True if all of these rows of a tensor of so many columns are updated."""
-        inside = self._rows[0] <= rows.start and rows.stop <= self._rows[1]
+        inside = self.rows[0] <= rows.start and rows.stop <= self.rows[1]
         return inside and (self.across.start, self.across.stop) == (0, columns)
 
     def inside(self, rows: range) -> slice:
         """Which of these rows of the tensor are updated."""
-        return slice(*(min(max(place - rows.start, 0), len(rows)) for place in self._rows))
+        return slice(*(min(max(place - rows.start, 0), len(rows)) for place in self.rows))
 
     def own(self, rows: range) -> slice:
         """The rows of the left factor that go to them."""
         inside = self.inside(rows)
-        shift = rows.start - self._rows[0]
+        shift = rows.start - self.rows[0]
         return slice(inside.start + shift, inside.stop + shift)
+
+    def factors(self, rows: range) -> tuple[Floats, Floats]:
+        """(left, right) for these rows of the tensor, in float32."""
+        left, right = self._in_float32
+        return left[self.own(rows)], right
 
     def multiply(self, rows: range, out: NDArray[Any], desk: Desk) -> None:
         """Set `out` to the products for these rows of the tensor, in its dtype.
 
         In float32 so many ranks at a time that little is lost.
         """
-        left, right = self._in_float32 if out.dtype == np.float32 else (self._left, self._right64)
-        left = left[self.own(rows)]
-        first, *others = self.shares if out.dtype == np.float32 else [slice(None)]
-        np.matmul(left[:, first], right[first], out=out)
-        for ranks in others:
-            more = desk.array("more", np.float32, out.shape)
+        if out.dtype == np.float64:
+            np.matmul(self._left[self.own(rows)], self._right64, out=out)
+            return
+        left, right = self.factors(rows)
+        np.matmul(left[:, :_RANKS_AT_ONCE], right[:_RANKS_AT_ONCE], out=out)
+        for begin in range(_RANKS_AT_ONCE, self.rank, _RANKS_AT_ONCE):
+            ranks, more = slice(begin, begin + _RANKS_AT_ONCE), desk.array("more", np.float32, out.shape)
             np.matmul(left[:, ranks], right[ranks], out=more)
             np.add(out, more, out=out)
 
@@ -267,7 +314,7 @@ class _Group:
         As `loops` do it: with `norms` in any order.
         """
         if self.rank:
-            begin, tall, wide = (self._rows[0] - first, self.across.start), self.tall, self.wide
+            begin, tall, wide = (self.rows[0] - first, self.across.start), self.tall, self.wide
             right = self._by_column
             loops.add_products(places, columns, self._left, right, tall, wide, self.rank, begin, totals, norms)
 
@@ -275,13 +322,21 @@ class _Group:
         self, update: Doubles, norms: Doubles, rows: NDArray[np.intp], columns: NDArray[np.intp], add_up: _AddUp
     ) -> None:
         """Add the elements at these places of the tensor to `update` (n,), and what bounds them to `norms`."""
-        rows, columns = rows - self._rows[0], columns - self.across.start
+        rows, columns = rows - self.rows[0], columns - self.across.start
         inside: NDArray[np.bool_] | slice = slice(None)
         here = (rows >= 0) & (rows < len(self._left)) & (columns >= 0) & (columns < self._right.shape[1])
         if not here.all():
             inside, rows, columns = here, rows[here], columns[here]
         update[inside] += add_up(self._left.take(rows, axis=0), self._by_column.take(columns, axis=0))
         norms[inside] += self.tall[rows, 0] * self.wide[0, columns]
+
+
+def _lost_in_float32(rank: int, together: int, groups: int) -> float:
+    """How far sums of so many products may be from what is defined, as a share of what bounds their magnitudes.
+
+    together: are added up, in any order, before they are added to the others of their group; left is rounded first.
+    """
+    return (min(rank, together) + -(-rank // together) + groups + 3) * UNIT
 
 
 def _sum_in_any_order(left: Doubles, right: Floats) -> Doubles:
