@@ -134,10 +134,10 @@ class Bench:
         """The largest magnitude of what is read and written."""
         return max(float(np.abs(each).max(initial=0)) for each in (self.base, self.exact()))
 
-    def run_plain(self, step: int, is_fast: bool = False, loops: kernels.Loops | None = None) -> tuple[bytes, Survival]:
+    def run_plain(self, step: int, is_fast: bool = False, kind: Sequence[str] = ()) -> tuple[bytes, Survival]:
         """The bytes that the part without torch writes, in blocks of so many rows, and what survived.
 
-        loops: what goes through all elements; None: NumPy.
+        kind: the loops in C that it may use.
         """
         work, desk = plain.Sum(self.plan, self.files, is_fast), PlainDesk()
         out = np.empty(self.base.shape, np.uint16)
