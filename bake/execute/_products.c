@@ -43,7 +43,11 @@ struct fusion {
 #define TILE with_any
 #define TARGET
 #define BYTES 16
+#ifdef __aarch64__
+#define WIDE 4 /* 32 registers */
+#else
 #define WIDE 2
+#endif
 #include "_tile.h"
 
 static Py_ssize_t fuse_any(const struct fusion *it, enum dtype source, enum dtype target) {
