@@ -423,3 +423,12 @@ def stored_recipe(path: Path) -> dict[str, Any]:
         f"Name its inputs with --base and -l.",
         path=str(path),
     )
+
+
+def loops() -> str:
+    """What goes through the elements where torch does not: "compiled", "compiled but for products" or "NumPy"."""
+    from bake.execute import kernels  # needs NumPy, which planning does without
+
+    if kernels.compiled is None:
+        return "NumPy"
+    return "compiled but for products" if kernels.products is None else "compiled"

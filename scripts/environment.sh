@@ -1,4 +1,4 @@
-# Sourced by quickstart and test: makes .venv and installs bake into it, once per set of requirements.
+# Sourced by quickstart and test: makes .venv and installs bake into it, once per set of requirements and loops in C.
 # Restartable: an interrupted installation is simply continued.
 
 set -euo pipefail
@@ -37,7 +37,7 @@ install() {
         rm -rf .venv
         "$python" -m venv .venv || stop "$python cannot make a virtual environment (on Debian: apt install python3-venv)"
     fi
-    stamp=.venv/bake-$name-$(cat setup.cfg pyproject.toml scripts/constraints.txt | cksum | tr ' ' -)
+    stamp=.venv/bake-$name-$(cat setup.py setup.cfg pyproject.toml scripts/constraints.txt bake/execute/*.[ch] | cksum | tr ' ' -)
     if [ ! -e "$stamp" ]; then
         check_disk "$needed_mb"
         say "installing $requirement into .venv (torch is large; this is the slow part)"

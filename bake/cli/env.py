@@ -33,6 +33,8 @@ def command(as_json: bool, quiet: bool, verbose: bool) -> None:
 def _facts() -> dict[str, Any]:
     import torch
 
+    from bake.api import loops
+
     devices = {"cpu": f"{os.cpu_count()} cores"}
     for number in range(torch.cuda.device_count()):
         devices[f"cuda:{number}"] = torch.cuda.get_device_name(number)
@@ -43,5 +45,6 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "loops": loops(),
         "devices": devices,
     }

@@ -10,6 +10,7 @@ from support import bake
 
 from bake import __version__
 from bake.cli import _SUMMARIES, COMMANDS, cli
+from bake.execute import kernels
 
 
 def test_help_lists_every_command_and_the_exit_codes() -> None:
@@ -58,6 +59,17 @@ def test_env_names_versions_and_devices() -> None:
     assert "torch" in found["packages"]
     assert "cpu" in found["devices"]
     assert "torch" in bake("env").out
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [((), "compiled"), (("products",), "compiled but for products"), (("compiled", "products"), "NumPy")],
+)
+def test_env_says_which_loops_there_are(missing: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("compiled", "products"):
+        monkeypatch.setattr(kernels, name, None if name in missing else object())
+    assert bake("env", "--json").json["loops"] == said
+    assert f"loops     {said}\n" in bake("env").out
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
