@@ -10,6 +10,9 @@ vector instructions. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _MSC_VER
+#include <intrin.h>
+#endif
 
 #if FLT_EVAL_METHOD != 0
 #error "floating-point operations are not rounded one by one here"
@@ -111,17 +114,32 @@ INLINE uint32_t settle_some(const void *restrict stored, enum dtype source, cons
     return bad;
 }
 
-/* Move the places of a run of `count` elements that are open to `places`; how many there are then, if there were `found`. */
+/* The place of the lowest bit that is set. */
+INLINE int lowest(uint64_t bits) {
+#ifdef _MSC_VER
+    unsigned long place;
+    _BitScanForward64(&place, bits);
+    return (int)place;
+#else
+    return __builtin_ctzll(bits);
+#endif
+}
+
+/* Append the places of a run of `count` elements that are open (1 of 0 and 1, a byte each, whole words of them) to
+`found` others; how many there are then. */
 INLINE Py_ssize_t add_open(const uint8_t *open, Py_ssize_t first, Py_ssize_t count, int64_t *places, Py_ssize_t found) {
-    for (Py_ssize_t word = 0; word < count; word += 8) {
-        uint64_t eight;
-        memcpy(&eight, open + word, 8);
-        if (eight == 0)
-            continue;
-        for (Py_ssize_t i = word; i < word + 8 && i < count; i++) {
-            places[found] = first + i; /* overwritten if it is not */
-            found += open[i];
+    for (Py_ssize_t begin = 0; begin < count; begin += 64) {
+        Py_ssize_t many = count - begin < 64 ? count - begin : 64;
+        uint64_t bits = 0;
+        for (Py_ssize_t i = 0; i < many; i += 8) {
+            uint64_t eight;
+            memcpy(&eight, open + begin + i, 8);
+            bits |= (eight * 0x0102040810204080) >> 56 << i;
         }
+        if (many < 64)
+            bits &= ((uint64_t)1 << many) - 1;
+        for (; bits; bits &= bits - 1)
+            places[found++] = first + begin + lowest(bits);
     }
     return found;
 }

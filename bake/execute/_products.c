@@ -11,21 +11,21 @@ Sum._bound in bake/execute/plain/sums.py). It holds for sums of at most DEPTH pr
 
 #define HEIGHT 6 /* rows of a tile */
 #define DEPTH 32 /* products that are added up before they are added to the others */
-#define WIDEST 64 /* columns of a tile, at most */
 
 struct fusion {
-    const float *left, *right; /* rows * rank, rank * columns */
-    const void *stored;        /* rows * columns */
-    const float *tall, *wide;  /* what the bound is the product of: rows, columns */
+    const float *left;        /* rows * rank */
+    const float *right;       /* rank * columns; tile by tile, of which each has all ranks, and zeros at the end */
+    const void *stored;       /* rows * columns */
+    const float *tall, *wide; /* what the bound is the product of: rows, columns */
     uint16_t *out;
     int64_t *places;
-    float *samples;           /* of the update: row `sample` and every `step`-th after it */
-    float *panel;             /* room for rank * WIDEST */
+    float *samples; /* of the update: row `sample` and every `step`-th after it */
     Py_ssize_t rows, rank, columns, sample, step;
 };
 
 #define JOINED_NOW(one, two) one##two
 #define JOINED(one, two) JOINED_NOW(one, two)
+#define WIDTH_OF(tile) JOINED(tile, _width)
 
 #ifdef __x86_64__
 #define TILE with_avx512
@@ -50,15 +50,21 @@ struct fusion {
 #endif
 #include "_tile.h"
 
-static Py_ssize_t fuse_any(const struct fusion *it, enum dtype source, enum dtype target) {
+/* Of the processor at hand. */
+static Py_ssize_t (*fuse_tiles)(const struct fusion *, enum dtype, enum dtype) = with_any;
+static Py_ssize_t width = WIDTH_OF(with_any);
+
+static void know_processor(void) {
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        return with_avx512(it, source, target);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return with_avx2(it, source, target);
+        __builtin_cpu_supports("avx512dq")) {
+        fuse_tiles = with_avx512;
+        width = WIDTH_OF(with_avx512);
+    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        fuse_tiles = with_avx2;
+        width = WIDTH_OF(with_avx2);
+    }
 #endif
-    return with_any(it, source, target);
 }
 
 static PyObject *fuse(PyObject *module, PyObject *args) {
@@ -80,27 +86,21 @@ static PyObject *fuse(PyObject *module, PyObject *args) {
     it.samples = samples.buf;
     it.rows = tall.len / 4;
     it.columns = wide.len / 4;
-    it.rank = it.columns ? right.len / 4 / it.columns : 0;
+    it.rank = it.rows ? left.len / 4 / it.rows : 0;
     if (!dtype_of(source_tag, &source) || !target_of(target_tag, &target))
         goto done;
     Py_ssize_t count = it.rows * it.columns;
     if (!fits(it.rank > 0 && it.sample >= 0 && it.step > 0 && left.len == it.rows * it.rank * 4 &&
-              right.len == it.rank * it.columns * 4 && stored.len == count * size_of(source) && out.len == count * 2 &&
+              right.len == (it.columns + width - 1) / width * width * it.rank * 4 && stored.len == count * size_of(source) && out.len == count * 2 &&
               places.len >= count * 8 &&
               samples.len == (it.rows > it.sample ? (it.rows - it.sample - 1) / it.step + 1 : 0) * it.columns * 4))
         goto done;
-    it.panel = PyMem_Calloc((size_t)it.rank, WIDEST * sizeof(float));
-    if (it.panel == NULL) {
-        PyErr_NoMemory();
-        goto done;
-    }
     Py_ssize_t found;
     Py_BEGIN_ALLOW_THREADS
-    found = fuse_any(&it, source, target);
+    found = fuse_tiles(&it, source, target);
     Py_END_ALLOW_THREADS
     result = PyLong_FromSsize_t(found);
 done:
-    PyMem_Free(it.panel);
     PyBuffer_Release(&left);
     PyBuffer_Release(&right);
     PyBuffer_Release(&stored);
@@ -115,15 +115,18 @@ done:
 static PyMethodDef functions[] = {
     {"fuse", fuse, METH_VARARGS,
      "fuse(left, right, stored, source, tall, wide, target, out, places, samples, sample, step)\n--\n\n"
-     "Round stored + left @ right; how many `places` are open, or -1 if a number may be too large."},
+     "Round stored + left @ right, which comes in tiles of WIDTH columns; how many `places` are open, or -1 if a number may be too large."},
     {NULL, NULL, 0, NULL},
 };
 
-static int add_constants(PyObject *module) {
+static int begin(PyObject *module) {
+    know_processor();
+    if (PyModule_AddIntConstant(module, "WIDTH", (long)width) < 0)
+        return -1;
     return PyModule_AddIntMacro(module, DEPTH);
 }
 
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_constants}, {0, NULL}};
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, begin}, {0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,

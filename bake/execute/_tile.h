@@ -9,6 +9,8 @@ WIDE    vectors side by side in a tile, so that all of a tile's fit into the reg
 #define COLUMNS (WIDE * LANES)
 #define NAMED(part) JOINED(TILE, part)
 
+enum { WIDTH_OF(TILE) = COLUMNS };
+
 typedef float NAMED(_vector) __attribute__((vector_size(BYTES), aligned(4)));
 
 /* Add the products of `ranks` columns of some left rows and rows of the panel to a tile, or begin it with them. */
@@ -30,17 +32,16 @@ INLINE void NAMED(_multiply)(const float *const left[HEIGHT], const float *panel
         }
 }
 
-/* `fuse_any` for one source and target. */
+/* `fuse` for one source and target. */
 INLINE Py_ssize_t NAMED(_fuse)(const struct fusion *it, enum dtype source, enum dtype target) {
     const Py_ssize_t size = source == F32 ? 4 : 2;
     Py_ssize_t found = 0;
     uint32_t bad = 0;
-    uint8_t open[COLUMNS] = {0};
+    uint8_t open[HEIGHT][COLUMNS] = {{0}};
     float tile[HEIGHT * COLUMNS];
     for (Py_ssize_t column = 0; column < it->columns; column += COLUMNS) {
         Py_ssize_t count = it->columns - column < COLUMNS ? it->columns - column : COLUMNS;
-        for (Py_ssize_t k = 0; k < it->rank; k++)
-            memcpy(it->panel + k * COLUMNS, it->right + k * it->columns + column, (size_t)count * sizeof(float));
+        const float *panel = it->right + column * it->rank;
         for (Py_ssize_t first = 0; first < it->rows; first += HEIGHT) {
             Py_ssize_t rows = it->rows - first < HEIGHT ? it->rows - first : HEIGHT;
             const float *left[HEIGHT];
@@ -57,18 +58,19 @@ INLINE Py_ssize_t NAMED(_fuse)(const struct fusion *it, enum dtype source, enum 
                 const float *from[HEIGHT];
                 for (int row = 0; row < HEIGHT; row++)
                     from[row] = left[row] + k;
-                NAMED(_multiply)(from, it->panel + k * COLUMNS, it->rank - k < DEPTH ? it->rank - k : DEPTH, k == 0, tile);
+                NAMED(_multiply)(from, panel + k * COLUMNS, it->rank - k < DEPTH ? it->rank - k : DEPTH, k == 0, tile);
             }
             for (Py_ssize_t row = 0; row < rows; row++) {
                 Py_ssize_t place = (first + row) * it->columns + column;
                 const float *update = tile + row * COLUMNS;
                 bad |= settle_some((const char *)it->stored + place * size, source, update, it->tall[first + row],
-                                   it->wide + column, target, it->out + place, open, count);
-                found = add_open(open, place, count, it->places, found);
+                                   it->wide + column, target, it->out + place, open[row], count);
                 if (first + row >= it->sample && (first + row - it->sample) % it->step == 0)
                     memcpy(it->samples + (first + row - it->sample) / it->step * it->columns + column, update,
                            (size_t)count * sizeof(float));
             }
+            for (Py_ssize_t row = 0; row < rows; row++)
+                found = add_open(open[row], (first + row) * it->columns + column, count, it->places, found);
         }
     }
     return bad ? -1 : found;

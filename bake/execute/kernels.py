@@ -80,6 +80,8 @@ class Products(Protocol):
 
     DEPTH: int
     """Products that are added up before they are added to the others."""
+    WIDTH: int
+    """Columns of a tile: the right factor comes tile by tile, (tiles, rank, WIDTH), with zeros at the end."""
 
     def fuse(
         self,

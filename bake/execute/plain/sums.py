@@ -100,7 +100,7 @@ class Sum:
     ) -> Survival:
         """`fuse` by one loop that multiplies, adds and rounds."""
         rows = range(first, first + len(stored))
-        left, right = group.factors(rows)
+        left, right = group.factors(rows)[0], group.in_tiles(products.WIDTH)
         tall = group.tall[group.own(rows)] * np.float32(_lost_in_float32(group.rank, products.DEPTH, 1))
         places = desk.array("places", np.intp, (stored.size,))
         sample = -first % SAMPLED_ROWS
@@ -247,6 +247,7 @@ class _Group:
         self._right = _joined([right for _, right in pairs], axis=0)
         self.rank = len(self._right)
         self.tall, self.wide = _norms(pairs)
+        self._tiles: Floats | None = None
 
     def reaches(self, rows: range) -> bool:
         """True if some of these rows of the tensor are updated."""
@@ -290,6 +291,15 @@ class _Group:
     @cached_property
     def _in_float32(self) -> tuple[Floats, Floats]:
         return self._left.astype(np.float32), self._right
+
+    def in_tiles(self, width: int) -> Floats:
+        """The right factor cut into tiles of so many columns, with zeros at the end: (tiles, rank, width)."""
+        if self._tiles is None:
+            count = -(-self._right.shape[1] // width)
+            padded = np.zeros((self.rank, count * width), np.float32)
+            padded[:, : self._right.shape[1]] = self._right
+            self._tiles = np.ascontiguousarray(padded.reshape(self.rank, count, width).swapaxes(0, 1))
+        return self._tiles
 
     @cached_property
     def _right64(self) -> Doubles:
