@@ -34,7 +34,7 @@ _ROWS_AT_ONCE = 96  # or more are multiplied at a time: for fewer, bringing the 
 _RANKS_AT_ONCE = 64  # that are multiplied in float32: the more, the more is lost
 # With more undecided elements than this, of all, float64 for all products is cheaper.
 _DENSE_SHARE = 1 / 80
-_DENSE_SHARE_COMPILED = 1 / 16
+_DENSE_SHARE_COMPILED = 1 / 32
 _GATHERED = 64 * 1024  # factors that are gathered at a time, for elements that are computed one by one
 
 
