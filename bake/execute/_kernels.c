@@ -295,6 +295,10 @@ static PyObject *add_products(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "y*ny*y*y*y*n(nn)w*z*:add_products", &places, &columns, &left, &right, &tall, &wide,
                           &region.rank, &region.row, &region.column, &totals, &norms))
         return NULL;
+    if (norms.buf && norms.readonly) {
+        PyErr_SetString(PyExc_ValueError, "norms is read-only");
+        goto done;
+    }
     region.left = left.buf;
     region.right = right.buf;
     region.tall = tall.buf;

@@ -29,7 +29,11 @@ struct fusion {
 
 #ifdef __x86_64__
 #define TILE with_avx512
+#ifdef __clang__ /* which does as it is told anyway, and ignores all of it if it does not know a word */
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#else
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#endif
 #define BYTES 64
 #define WIDE 4
 #include "_tile.h"
@@ -91,8 +95,8 @@ static PyObject *fuse(PyObject *module, PyObject *args) {
         goto done;
     Py_ssize_t count = it.rows * it.columns;
     if (!fits(it.rank > 0 && it.sample >= 0 && it.step > 0 && left.len == it.rows * it.rank * 4 &&
-              right.len == (it.columns + width - 1) / width * width * it.rank * 4 && stored.len == count * size_of(source) && out.len == count * 2 &&
-              places.len >= count * 8 &&
+              right.len == (it.columns + width - 1) / width * width * it.rank * 4 &&
+              stored.len == count * size_of(source) && out.len == count * 2 && places.len >= count * 8 &&
               samples.len == (it.rows > it.sample ? (it.rows - it.sample - 1) / it.step + 1 : 0) * it.columns * 4))
         goto done;
     Py_ssize_t found;
@@ -115,7 +119,8 @@ done:
 static PyMethodDef functions[] = {
     {"fuse", fuse, METH_VARARGS,
      "fuse(left, right, stored, source, tall, wide, target, out, places, samples, sample, step)\n--\n\n"
-     "Round stored + left @ right, which comes in tiles of WIDTH columns; how many `places` are open, or -1 if a number may be too large."},
+     "Round stored + left @ right, which comes in tiles of WIDTH columns.\n\n"
+     "How many `places` are open, or -1 if a number may be too large."},
     {NULL, NULL, 0, NULL},
 };
 

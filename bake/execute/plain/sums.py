@@ -186,6 +186,8 @@ class Sum:
         loops = kernels.compiled
         limit = _DENSE_SHARE if loops is None else _DENSE_SHARE_COMPILED
         self._is_dense = self._is_dense or len(places) > stored.size * limit
+        if not len(places):
+            return
         if loops is None:
             self._recompute_with_numpy(places, stored, out, first)
             return
