@@ -1,9 +1,8 @@
 /* The loops over all elements of a tensor that NumPy would need many passes for.
 
 Each does what a function of bake/execute/plain/rounding.py or sums.py says and does with NumPy where this module was
-not built; both write the same bytes, which the tests hold them to. Halves and bfloat16 are converted by integer
-arithmetic on their bits, so that every compiler can turn the loops into vector instructions. Every floating-point
-operation is meant as it stands: no fusing, no reordering.
+not built; both write the same bytes, which the tests hold them to. Every floating-point operation is meant as it
+stands: no fusing, no reordering.
 
 Arrays come as buffers that lie side by side in memory. They have to have the sizes that are said; their contents
 may be anything. */
@@ -17,22 +16,15 @@ may be anything. */
 #define FOR_EACH_PROCESSOR
 #endif
 
-/* widen: 0, or 1 if some half has no value. */
-
-INLINE int widen_to_float(const void *restrict stored, enum dtype dtype, float *restrict out, Py_ssize_t count) {
+/* Set floats or doubles to stored numbers; 1 if some half has no value. */
+INLINE int widen_as(const void *restrict stored, enum dtype dtype, void *restrict out, int is_double, Py_ssize_t count) {
     uint32_t bad = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         bad |= has_no_value(stored, i, dtype);
-        out[i] = value_of(stored, i, dtype);
-    }
-    return bad != 0;
-}
-
-INLINE int widen_to_double(const void *restrict stored, enum dtype dtype, double *restrict out, Py_ssize_t count) {
-    uint32_t bad = 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        bad |= has_no_value(stored, i, dtype);
-        out[i] = value_of(stored, i, dtype);
+        if (is_double)
+            ((double *)out)[i] = value_of(stored, i, dtype);
+        else
+            ((float *)out)[i] = value_of(stored, i, dtype);
     }
     return bad != 0;
 }
@@ -41,32 +33,23 @@ FOR_EACH_PROCESSOR
 static int widen_all(const void *stored, enum dtype dtype, void *out, int is_double, Py_ssize_t count) {
     switch (dtype) {
     case F16:
-        return is_double ? widen_to_double(stored, F16, out, count) : widen_to_float(stored, F16, out, count);
+        return is_double ? widen_as(stored, F16, out, 1, count) : widen_as(stored, F16, out, 0, count);
     case BF16:
-        return is_double ? widen_to_double(stored, BF16, out, count) : widen_to_float(stored, BF16, out, count);
+        return is_double ? widen_as(stored, BF16, out, 1, count) : widen_as(stored, BF16, out, 0, count);
     default:
-        return is_double ? widen_to_double(stored, F32, out, count) : widen_to_float(stored, F32, out, count);
+        return is_double ? widen_as(stored, F32, out, 1, count) : widen_as(stored, F32, out, 0, count);
     }
 }
 
-/* narrow: 0, or 1 if something is not finite when it is rounded. */
-
-INLINE int narrow_floats(const float *restrict values, enum dtype target, uint16_t *restrict out, Py_ssize_t count) {
+/* Round floats or doubles; 1 if something is not finite then. */
+INLINE int narrow_to(const void *restrict values, int is_double, enum dtype target, uint16_t *restrict out,
+                     Py_ssize_t count) {
     uint32_t bad = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
-        uint32_t bits = rounded(values[i], target);
+        double value = is_double ? ((const double *)values)[i] : ((const float *)values)[i];
+        uint32_t bits = rounded(value, target);
         bad |= bits >= infinity(target);
-        out[i] = signed_bits(bits, values[i]);
-    }
-    return bad != 0;
-}
-
-INLINE int narrow_doubles(const double *restrict values, enum dtype target, uint16_t *restrict out, Py_ssize_t count) {
-    uint32_t bad = 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        uint32_t bits = rounded(values[i], target);
-        bad |= bits >= infinity(target);
-        out[i] = signed_bits(bits, values[i]);
+        out[i] = signed_bits(bits, value);
     }
     return bad != 0;
 }
@@ -74,8 +57,8 @@ INLINE int narrow_doubles(const double *restrict values, enum dtype target, uint
 FOR_EACH_PROCESSOR
 static int narrow_all(const void *values, int is_double, enum dtype target, uint16_t *out, Py_ssize_t count) {
     if (target == F16)
-        return is_double ? narrow_doubles(values, F16, out, count) : narrow_floats(values, F16, out, count);
-    return is_double ? narrow_doubles(values, BF16, out, count) : narrow_floats(values, BF16, out, count);
+        return is_double ? narrow_to(values, 1, F16, out, count) : narrow_to(values, 0, F16, out, count);
+    return is_double ? narrow_to(values, 1, BF16, out, count) : narrow_to(values, 0, BF16, out, count);
 }
 
 /* settle */
@@ -345,9 +328,13 @@ static PyObject *finish(PyObject *module, PyObject *args) {
                        (!norms.buf || norms.len == totals.len);
         for (Py_ssize_t i = 0; is_right && i < places.len / 8; i++)
             is_right = each[i] >= 0 && each[i] < count;
-        if (fits(is_right))
-            result = PyLong_FromSsize_t(finish_all(stored.buf, source, each, totals.buf, norms.buf, share, target,
-                                                   out.buf, places.len / 8));
+        if (fits(is_right)) {
+            Py_ssize_t open;
+            Py_BEGIN_ALLOW_THREADS
+            open = finish_all(stored.buf, source, each, totals.buf, norms.buf, share, target, out.buf, places.len / 8);
+            Py_END_ALLOW_THREADS
+            result = PyLong_FromSsize_t(open);
+        }
     }
     PyBuffer_Release(&stored);
     PyBuffer_Release(&places);
